@@ -1,0 +1,46 @@
+"""distill_nlp: distils Hugging Face text classifiers, and proves what it did."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "DistillationArguments": "distill_nlp.arguments",
+    "DistillationModel": "distill_nlp.modeling",
+    "DistillationObjective": "distill_nlp.objective",
+    "DistillationTrainer": "distill_nlp.trainer",
+    "Features": "distill_nlp.outputs",
+    "AttentionLoss": "distill_nlp.losses",
+    "CrossEntropyLoss": "distill_nlp.losses",
+    "DistillationLoss": "distill_nlp.losses",
+    "HiddenStateLoss": "distill_nlp.losses",
+    "KLDivergenceLoss": "distill_nlp.losses",
+    "build_student": "distill_nlp.student",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from distill_nlp.arguments import DistillationArguments
+    from distill_nlp.losses import (
+        AttentionLoss,
+        CrossEntropyLoss,
+        DistillationLoss,
+        HiddenStateLoss,
+        KLDivergenceLoss,
+    )
+    from distill_nlp.modeling import DistillationModel
+    from distill_nlp.objective import DistillationObjective
+    from distill_nlp.outputs import Features
+    from distill_nlp.student import build_student
+    from distill_nlp.trainer import DistillationTrainer
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: `distill-nlp --help` must not wait for PyTorch."""
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

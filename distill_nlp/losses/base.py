@@ -1,0 +1,146 @@
+"""The base of every loss, and the reductions that they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from distill_nlp.layer_mapping import LayerPairs, format_pairs
+from distill_nlp.outputs import Features
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+IGNORE_INDEX = -100
+"""A label that says "this row has none": it counts in no loss that needs labels."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a loss must know of a model to size its own parameters.
+
+    Args:
+        num_layers: number of transformer blocks, None where the model has no such thing.
+        hidden_size: width of its hidden states, or None.
+        num_attention_heads: or None.
+        num_labels: number of logits.
+        problem_type: as in Transformers' configs.
+    """
+
+    num_labels: int
+    problem_type: ProblemType = "single_label_classification"
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelShape:
+        """Reads a Transformers config, whatever the names of its model family (through its `attribute_map`)."""
+        problem_type = getattr(config, "problem_type", None)
+        if problem_type is None:
+            problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
+        return cls(
+            num_labels=config.num_labels,
+            problem_type=problem_type,
+            num_layers=getattr(config, "num_hidden_layers", None),
+            hidden_size=getattr(config, "hidden_size", None),
+            num_attention_heads=getattr(config, "num_attention_heads", None),
+        )
+
+
+class DistillationLoss(nn.Module):
+    """One term of the objective.
+
+    A subclass implements `forward`, and `bind` when it has to know the two models. It sees tensors only.
+
+    Attributes:
+        unit: what its mean is taken over, so that parts of a batch can be weighted to give the mean of the whole:
+            "rows" (every example) or "labeled_rows" (examples whose label is not -100).
+        needs_teacher: False for a loss of the student and the labels alone.
+        hidden_state_pairs: (student layer, teacher layer) whose hidden states it reads; set by `bind`.
+        attention_pairs: likewise for attention maps.
+    """
+
+    unit: Literal["rows", "labeled_rows"] = "rows"
+    needs_teacher: bool = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_state_pairs: LayerPairs = []
+        self.attention_pairs: LayerPairs = []
+
+    def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        """Sizes parameters and resolves layers for these two models. Called once, by the trainer.
+
+        Raises:
+            ValueError: the loss is not defined for these models or this kind of task.
+        """
+
+    def forward(
+        self,
+        student: Features,
+        teacher: Features | None,
+        labels: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Gives the mean over the batch's rows (or labeled rows) as a float32 scalar.
+
+        Args:
+            student: the student's features, with gradient.
+            teacher: the teacher's, without; None where no loss needs it.
+            labels: `(B,)` integers, or `(B, C)` / `(B,)` floats for multi-label and regression.
+            attention_mask: `(B, S)`, 1 for real tokens; None when there is no padding.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement forward")
+
+    def describe(self) -> str:
+        """Its own settings in a few characters, for the formula that is logged, e.g. `T=2`."""
+        pairs = self.hidden_state_pairs or self.attention_pairs
+        return format_pairs(pairs)
+
+    def _needs_layers(self, student: ModelShape, teacher: ModelShape | None) -> tuple[int, int]:
+        """Depths of both models, or an error that says which of them has no layers."""
+        for name, shape in (("student", student), ("teacher", teacher)):
+            if shape is None or shape.num_layers is None:
+                raise ValueError(
+                    f"{type(self).__name__} reads layers, but the {name}'s config has no num_hidden_layers; "
+                    "use losses of the logits for this pair"
+                )
+        return student.num_layers, teacher.num_layers  # type: ignore[union-attr, return-value]
+
+
+def check_positive(name: str, value: float) -> float:
+    """Returns `value`, or raises a ValueError unless it is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be > 0, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Returns `value`, or raises a ValueError unless it is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check_same_classes(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
+    """Raises a ValueError where broadcasting would otherwise compare different classes."""
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student logits have shape {tuple(student_logits.shape)}, teacher logits "
+            f"{tuple(teacher_logits.shape)}; both must be (B, C) with the same classes"
+        )
+
+
+def mean_over_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the real tokens of each row: (B, S) -> (B,).
+
+    Taken row by row, so that a long text weighs no more than a short one and the mean over a batch does not
+    depend on how it is cut into micro-batches.
+    """
+    if mask is None:
+        return values.mean(dim=1)
+    mask = mask.to(values.dtype)
+    return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)

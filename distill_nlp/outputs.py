@@ -1,0 +1,58 @@
+"""What a model hands to a loss: plain containers of tensors, with no knowledge of Trainer or YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class AttentionInputs:
+    """Queries and keys of one attention layer, from which its map can be computed again.
+
+    Args:
+        query: `(B, A, S, D)`, before scaling.
+        key: `(B, A, S, D)`.
+        mask: `(B, 1, 1 or S, S)`, boolean (True = may be attended) or additive, or None.
+        scaling: factor on `query @ key.T`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+
+
+@dataclass
+class Features:
+    """All that the losses may look at of one model's forward pass.
+
+    Layers are numbered as people count them: 0 is the output of the embeddings (hidden states only), 1 the
+    first transformer block, up to the depth of the model.
+
+    Args:
+        logits: `(B, C)`.
+        hidden_states: layer -> `(B, S, H)`, only the layers that some loss asked for.
+        attentions: layer -> `AttentionInputs`, likewise.
+    """
+
+    logits: torch.Tensor
+    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+    attentions: dict[int, AttentionInputs] = field(default_factory=dict)
+
+
+@dataclass
+class DistillationOutput(ModelOutput):
+    """Output of `DistillationModel`. DDP rebuilds it by keyword, so that every key is declared.
+
+    Args:
+        loss: scalar to call `backward` on (training), or the plain task loss (evaluation).
+        logits: `(B, C)`, the student's.
+        terms: name -> detached scalar, unweighted (training only).
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    terms: dict[str, torch.Tensor] | None = None
