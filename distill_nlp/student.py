@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, DistilBertConfig, PreTrainedModel
 
 from distill_nlp.layer_mapping import map_layers
+from distill_nlp.loading import load_classifier
 
 # Where each part of a BERT block goes in a DistilBERT block (Sanh et al. 2019, arXiv:1910.01108, section 3).
 _BERT_TO_DISTILBERT_BLOCK = {
@@ -61,10 +62,7 @@ def build_student(
         raise ValueError("a student needs exactly one of model, config and from_teacher")
     settings = {**label_arguments(label_names), **(overrides or {})}
     if model is not None:
-        # Without dtype, Transformers 5 takes the checkpoint's: a float16 file would be trained in float16.
-        return AutoModelForSequenceClassification.from_pretrained(
-            model, revision=revision, dtype=torch.float32, ignore_mismatched_sizes=True, **settings
-        )
+        return load_classifier(model, revision, **settings)
     if config is not None:
         return model_from_config(config, settings)
     if teacher is None:

@@ -1,0 +1,207 @@
+"""The command `distill-nlp`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+import distill_nlp
+from distill_nlp.config import LossSection
+from distill_nlp.config_file import leaves, load_experiment, read_yaml
+from distill_nlp.errors import DistillError, UsageError
+
+STAGES = ("teacher", "baseline", "student", "report")
+
+_LOSS_HELP = (
+    "Losses are given by name: `--losses.kl.temperature 4`, `--losses.hidden.weight 1`. There are ce "
+    "(label_smoothing, class_weights), kl (temperature), hidden (layers, kind, projection) and attention (layers, "
+    f"kind); each has a weight: {LossSection.model_fields['weight'].description}."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; gives its exit code: 0 done, 1 failed, 2 wrong usage or data, 130 interrupted."""
+    # Before PyTorch loads its OpenMP: spinning threads make small operations many times slower on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    if known.command != "run" and rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        return known.function(known, rest)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; nothing is left to be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if known.debug:
+            raise
+        if isinstance(error, DistillError):
+            message, code = str(error), error.exit_code
+        else:
+            text = " ".join(str(error).split())
+            message, code = f"{type(error).__name__}: {text} (--debug shows the traceback)", 1
+        if _is_main_rank():
+            print(f"error: {message}", file=sys.stderr)
+        return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distill-nlp", description="Distils a text classifier into a small, fast student, and proves it."
+    )
+    parser.add_argument("--version", action="version", version=f"distill-nlp {distill_nlp.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="teacher, plain baseline, distilled student and report, from one config",
+        description="Runs the stages of an experiment: fine-tunes the teacher (unless it is finished), trains the "
+        "student plainly and distilled, and reports. A finished stage is not done again unless its settings changed; "
+        "an interrupted one goes on from its last checkpoint.",
+        epilog=_LOSS_HELP,
+        allow_abbrev=False,
+    )
+    run.add_argument("config", metavar="CONFIG", help="YAML file; every setting can be overridden as below")
+    run.add_argument("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
+    run.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    settings = run.add_argument_group("settings (defaults in brackets)")
+    for name, field in leaves():
+        if name != "losses":
+            settings.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=_help(field))
+    run.set_defaults(function=_run)
+
+    predict = commands.add_parser(
+        "predict", help="classify texts with a finished model", description="Classifies texts with a finished model."
+    )
+    predict.add_argument("model", metavar="MODEL", help="folder or Hub id of a classifier")
+    predict.add_argument(
+        "texts",
+        metavar="TEXT|FILE",
+        nargs="+",
+        help="texts; or one file (csv, tsv, json, jsonl, parquet by its text column, any other by lines); - for stdin",
+    )
+    predict.add_argument(
+        "--format", choices=("text", "jsonl"), default="text", help="output: label, score, text; or JSON"
+    )
+    predict.add_argument("--text_column", default="text", metavar="NAME", help="column of a file with columns [text]")
+    predict.add_argument("--batch_size", type=_positive, default=32, metavar="N", help="texts of one pass [32]")
+    predict.add_argument("--max_length", type=_positive, metavar="N", help="cut texts at so many tokens")
+    predict.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    predict.set_defaults(function=_predict)
+    return parser
+
+
+def _run(known: argparse.Namespace, rest: list[str]) -> int:
+    stages = _stages(known.stages)
+    fields = dict(leaves())
+    overrides = {name: _value(getattr(known, name), field) for name, field in fields.items() if hasattr(known, name)}
+    overrides |= _dotted(rest)
+    experiment = load_experiment(known.config, overrides)
+    _quiet(known.debug)
+    from rich.console import Console
+
+    from distill_nlp.pipeline import Pipeline
+    from distill_nlp.report import terminal_table
+
+    report = Pipeline(experiment, lambda line: print(line, file=sys.stderr, flush=True)).run(stages)
+    if report is not None:
+        Console().print(terminal_table(report))
+    return 0
+
+
+def _predict(known: argparse.Namespace, rest: list[str]) -> int:
+    _quiet(known.debug)
+    from distill_nlp.prediction import predict, read_texts
+
+    for line in predict(
+        known.model,
+        read_texts(known.texts, known.text_column),
+        as_json=known.format == "jsonl",
+        batch_size=known.batch_size,
+        max_length=known.max_length,
+    ):
+        print(line)
+    sys.stdout.flush()
+    return 0
+
+
+def _stages(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return STAGES
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in STAGES]:
+        raise UsageError(f"--stages: unknown {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    return tuple(name for name in STAGES if name in names)
+
+
+def _dotted(rest: list[str]) -> dict[str, Any]:
+    """`--a.b value` and `--a.b=value` of names that only validation knows: losses, and rarer training arguments."""
+    overrides = {}
+    words = iter(rest)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise UsageError(f"unknown argument {word}; settings are given as --data.max_length 128")
+        if not equals:
+            value = next(words, "")
+            if not value or value.startswith("--"):
+                raise UsageError(f"{word} needs a value")
+        overrides[name] = read_yaml(value)
+    return overrides
+
+
+def _value(text: str, field: FieldInfo) -> Any:
+    """A setting's value as YAML; `0,1,2` for a list."""
+    value = read_yaml(text)
+    if "list" in str(field.annotation) and not isinstance(value, list) and value is not None:
+        if isinstance(value, str) and "," in value:
+            return [read_yaml(part) for part in value.split(",")]
+        return [value] if typing.get_origin(field.annotation) is list else value
+    return value
+
+
+def _help(field: FieldInfo) -> str:
+    text = (field.description or "").replace("%", "%%")
+    choices = [
+        str(c) for c in typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal
+    ]
+    if choices:
+        text += f" ({', '.join(choices)})"
+    if field.is_required():
+        return f"{text} [required]"
+    default = field.get_default(call_default_factory=True)
+    return text if default is None else f"{text} [{default}]"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _quiet(debug: bool) -> None:
+    """Keeps the libraries' chatter away; progress bars only where someone watches."""
+    import datasets
+    import transformers
+
+    if not debug:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty() or not _is_main_rank():
+        datasets.disable_progress_bars()
+
+
+def _is_main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

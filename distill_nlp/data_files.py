@@ -1,0 +1,164 @@
+"""Finds and reads the splits of a data set: from the Hub, from local files, from a `save_to_disk` folder."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from pathlib import Path
+from typing import Any
+
+from distill_nlp.errors import DistillError, UsageError
+
+# Ending -> loader of the datasets library with its arguments.
+_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
+}
+_TEXT_ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".txt"}
+
+
+def load_split(dataset: str, split: str, config_name: str | None = None, revision: str | None = None) -> Any:
+    """Loads one split as a `datasets.Dataset`.
+
+    Args:
+        dataset: a local folder or file, or a Hub id.
+        split: of a folder, a file `split.ext`, files `split-*.ext`, or a sub-folder `split/` (for txt with one
+            folder per label). A single file is the split "train".
+        config_name, revision: of a Hub data set.
+
+    Raises:
+        UsageError: not there, no such split, or a file that cannot be read, with the place.
+        DistillError: the Hub cannot be reached.
+    """
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return _load_local(path, split)
+    if path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1 or path.suffix in _LOADERS:
+        raise UsageError(f"data.dataset: no file or folder {dataset}")
+    return _load_from_hub(dataset, split, config_name, revision)
+
+
+def _load_local(path: Path, split: str) -> Any:
+    if path.is_file():
+        if split != "train":
+            raise UsageError(f"data.dataset: {path} is one file, the split train; there is no split {split!r}")
+        return _read([path])
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _load_saved(path, split)
+    files = sorted(
+        p for p in path.iterdir() if p.suffix in _LOADERS and (p.stem == split or p.stem.startswith(f"{split}-"))
+    )
+    folder = path / split
+    if not files and folder.is_dir():
+        label_folders = sorted(p for p in folder.iterdir() if p.is_dir())
+        if label_folders:
+            return _read_label_folders(label_folders)
+        files = sorted(p for p in folder.iterdir() if p.suffix in _LOADERS)
+    if not files:
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
+        raise UsageError(f"data: no split {split!r} in {path} (a file {split}.csv, .parquet, ...); there is: {there}")
+    if len({p.suffix for p in files}) > 1:
+        raise UsageError(f"data: the split {split!r} has files of several kinds: {', '.join(p.name for p in files)}")
+    return _read(files)
+
+
+def _load_saved(path: Path, split: str) -> Any:
+    from datasets import Dataset, load_from_disk
+
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"data.dataset: {path} cannot be read as a saved data set: {first_line(error)}") from error
+    if isinstance(saved, Dataset):
+        saved = {"train": saved}
+    if split not in saved:
+        raise UsageError(f"data: no split {split!r} in {path}; there is: {', '.join(saved)}")
+    return saved[split]
+
+
+def _read(files: list[Path]) -> Any:
+    from datasets import load_dataset
+
+    ending = files[0].suffix
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UsageError(f"data: {file} is empty")
+        if ending in _TEXT_ENDINGS:
+            check_utf8(file)
+    loader, arguments = _LOADERS[ending]
+    try:
+        return load_dataset(loader, data_files=[str(f) for f in files], split="train", **arguments)
+    except Exception as error:
+        # The datasets library wraps the parser's error, sometimes twice; the innermost says what is wrong.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        names = ", ".join(str(f) for f in files)
+        if "corresponds to no data" in str(error):
+            raise UsageError(f"data: {names} has no rows") from error
+        raise UsageError(f"data: cannot read {names} as {ending[1:]}: {first_line(cause)}") from error
+
+
+def _read_label_folders(folders: list[Path]) -> Any:
+    """A folder per label, a text per file: the layout of the original IMDB archive."""
+    from datasets import Dataset
+
+    rows: dict[str, list[str]] = {"text": [], "label": []}
+    for folder in folders:
+        for file in sorted(folder.glob("*.txt")):
+            check_utf8(file)
+            rows["text"].append(file.read_text(encoding="utf-8"))
+            rows["label"].append(folder.name)
+    return Dataset.from_dict(rows)
+
+
+def _load_from_hub(dataset: str, split: str, config_name: str | None, revision: str | None) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load_dataset(dataset, config_name, split=split, revision=revision)
+    except DatasetNotFoundError as error:
+        raise UsageError(f"data.dataset: {first_line(error)}; is it a local folder that is missing?") from error
+    except (ConnectionError, OSError) as error:
+        raise DistillError(
+            f"data.dataset: cannot load {dataset!r}: {first_line(error)}. It is no local folder, so the Hub was "
+            "asked; check the network, or name a local folder"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"data.dataset {dataset!r}: {first_line(error)}") from error
+
+
+def check_utf8(file: Path) -> None:
+    """Reads a file through once, and names the line where it stops being UTF-8.
+
+    Raises:
+        UsageError: the file is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            try:
+                decoder.decode(chunk, final=False)
+            except UnicodeDecodeError as error:
+                line += chunk[: error.start].count(b"\n")
+                raise UsageError(
+                    f"data: {file} is not UTF-8 (line {line}); convert it, e.g. "
+                    f"iconv -f latin1 -t utf-8 {os.path.basename(file)}"
+                ) from None
+            line += chunk.count(b"\n")
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise UsageError(f"data: {file} is not UTF-8 (it ends within a character)") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

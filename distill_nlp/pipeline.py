@@ -1,0 +1,276 @@
+"""The stages of an experiment: teacher, baseline, student, report. The one place that wires the parts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import concatenate_datasets
+from transformers import PreTrainedModel, set_seed
+
+from distill_nlp.config import Experiment
+from distill_nlp.data import content_hash
+from distill_nlp.errors import UsageError
+from distill_nlp.loading import load_classifier
+from distill_nlp.losses import LOSSES, CrossEntropyLoss, DistillationLoss
+from distill_nlp.materials import Materials
+from distill_nlp.report import build_report, write_report
+from distill_nlp.stage_training import Say, TrainingJob, effective, same_budget, training_arguments, versions
+from distill_nlp.stages import Fingerprint, StageFolder, write_json
+
+STAGES = ("teacher", "baseline", "student", "report")
+CONFIG_FILE = "config.json"
+
+
+class Pipeline:
+    """Runs an experiment stage by stage; a stage that is finished with the same settings is not done again.
+
+    Every rank of a distributed launch runs the same code; the main one writes.
+
+    Args:
+        experiment: validated settings.
+        say: gets one line for the user at each event; called on the main rank only.
+
+    Raises:
+        UsageError: data, models and settings do not fit each other.
+    """
+
+    def __init__(self, experiment: Experiment, say: Say = lambda line: None) -> None:
+        self.experiment = experiment
+        self.root = Path(experiment.output_dir)
+        self.state = PartialState(cpu=experiment.training.use_cpu)
+        self.materials = Materials(experiment)
+        self._say = say
+        # What TrainingArguments refuse is refused before anything is loaded.
+        for section, where in ((experiment.training, "training"), (experiment.teacher_training(), "teacher.training")):
+            try:
+                training_arguments(section, self.root, seed=0)
+            except (ValueError, TypeError, ImportError) as error:
+                raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+
+    def run(self, stages: Sequence[str] = STAGES) -> dict[str, Any] | None:
+        """Runs the stages named, in their order; gives the report, if it is among them, on the main rank."""
+        self._check_materials()
+        if self.state.is_main_process:
+            write_json(self.root / CONFIG_FILE, self.experiment.model_dump(mode="json", exclude_unset=True))
+        if "teacher" in stages:
+            self._teacher_stage()
+        for seed in self.experiment.seeds:
+            if "baseline" in stages:
+                self._baseline_stage(seed)
+            if "student" in stages:
+                self._student_stage(seed)
+        # The other ranks are not needed for the report, and a barrier would time out on a long one.
+        return self._report_stage() if "report" in stages and self.state.is_main_process else None
+
+    def say(self, line: str) -> None:
+        """One line for the user, from the main rank."""
+        if self.state.is_main_process:
+            self._say(line)
+
+    def _check_materials(self) -> None:
+        """Loads data and tokenizer before the first stage, so that what is wrong with them shows at once."""
+        splits = self.materials.splits
+        parts = [f"{len(splits.train):,} train"]
+        if splits.teacher_train is not splits.train:
+            parts.append(f"{len(splits.teacher_train):,} for the teacher")
+        if splits.unlabeled is not None:
+            parts.append(f"{len(splits.unlabeled):,} unlabeled")
+        parts += [f"{len(splits.validation):,} validation", f"{len(splits.test):,} test"]
+        labels = ", ".join(self.materials.label_names)
+        self.say(f"{'data':<20} {self.experiment.data.dataset}: {', '.join(parts)}; labels {labels}")
+        for note in splits.notes:
+            self.say(f"{'data':<20} {note}")
+        self.materials.check_tokenizers()
+
+    def _is_done(self, folder: StageFolder, fingerprint: Fingerprint, name: str) -> bool:
+        """Whether the stage can be left out; says so, and why not where settings changed. The same on all ranks."""
+        changes = folder.changes(fingerprint)
+        self.state.wait_for_everyone()
+        if changes == []:
+            self.say(f"{name:<20} done already: {folder.path}")
+            return True
+        if changes:
+            shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+            self.say(f"{name:<20} settings changed, so it is done again ({shown})")
+        return False
+
+    def _job(self, name: str, folder: StageFolder, fingerprint: Fingerprint, **parts: Any) -> TrainingJob:
+        return TrainingJob(
+            name=name,
+            folder=folder,
+            fingerprint=fingerprint,
+            validation=self.materials.validation,
+            tokenizer=self.materials.tokenizer,
+            max_length=self.experiment.data.max_length,
+            **parts,
+        )
+
+    # ---- the teacher ----
+
+    @cached_property
+    def _teacher_print(self) -> Fingerprint:
+        settings = self.experiment.teacher
+        if self.materials.finished_teacher is not None:
+            return _plain({"model": settings.model, "revision": settings.revision})
+        return _plain(
+            {
+                "data": self.materials.data_print | {"train": content_hash(self.materials.splits.teacher_train)},
+                "teacher": settings.model_dump(include={"model", "revision", "config", "overrides"}),
+                "training": effective(self.experiment.teacher_training()),
+                "seed": self.experiment.seeds[0],
+                "processes": self.state.num_processes,
+            }
+        )
+
+    @property
+    def _teacher_source(self) -> tuple[str, str | None]:
+        """Where the fine-tuned teacher lies: folder or Hub id, and revision."""
+        settings = self.experiment.teacher
+        if self.materials.finished_teacher is not None:
+            return settings.model or "", settings.revision
+        folder = StageFolder(self.root / "teacher")
+        if folder.record() is None:
+            raise UsageError(f"there is no finished teacher in {folder.path}; run the stage teacher first")
+        return str(folder.path), None
+
+    def _teacher_stage(self) -> None:
+        if self.materials.finished_teacher is not None:
+            name = self.experiment.teacher.model
+            self.say(f"{'teacher':<20} {name} is a classifier for these labels already: not trained")
+            return
+        folder = StageFolder(self.root / "teacher")
+        if self._is_done(folder, self._teacher_print, "teacher"):
+            return
+        seed = self.experiment.seeds[0]
+        set_seed(seed)
+        self._job(
+            "teacher",
+            folder,
+            self._teacher_print,
+            model=self.materials.new_teacher(),
+            losses={"ce": CrossEntropyLoss()},
+            train=self.materials.tokens(self.materials.splits.teacher_train),
+            arguments=training_arguments(self.experiment.teacher_training(), folder.checkpoints, seed),
+        ).run(self.say)
+
+    # ---- baseline and student ----
+
+    def _common_print(self, seed: int) -> Fingerprint:
+        experiment = self.experiment
+        source = experiment.teacher.model if experiment.student.from_teacher is not None else None
+        return {
+            "data": self.materials.data_print | {"train": content_hash(self.materials.splits.train)},
+            "student": experiment.student.model_dump() | {"layers_of": source},
+            "training": effective(experiment.training),
+            "seed": seed,
+            "processes": self.state.num_processes,
+        }
+
+    def _baseline_stage(self, seed: int) -> None:
+        """The student's twin: the same initial weights, as many steps, the labels alone."""
+        name, folder = f"baseline, seed {seed}", StageFolder(self.root / "baseline" / f"seed-{seed}")
+        pool = self.materials.splits.unlabeled
+        ce = self.experiment.losses["ce"].arguments() if "ce" in self.experiment.losses else {}
+        fingerprint = self._common_print(seed)
+        fingerprint["training"].pop("projection_learning_rate")
+        # The size of the pool sets the number of steps.
+        fingerprint = _plain(fingerprint | {"ce": ce, "unlabeled_rows": 0 if pool is None else len(pool)})
+        if self._is_done(folder, fingerprint, name):
+            return
+        set_seed(seed)
+        model = self.materials.new_student()
+        train = self.materials.tokens(self.materials.splits.train)
+        section = self.experiment.training
+        arguments = training_arguments(section, folder.checkpoints, seed)
+        if pool is not None:
+            section = same_budget(section, arguments, len(train) + len(pool))
+            arguments = training_arguments(section, folder.checkpoints, seed)
+        losses: dict[str, DistillationLoss] = {"ce": CrossEntropyLoss(**ce)}
+        self._job(name, folder, fingerprint, model=model, losses=losses, train=train, arguments=arguments).run(self.say)
+
+    def _student_stage(self, seed: int) -> None:
+        name, folder = f"student, seed {seed}", StageFolder(self.root / "student" / f"seed-{seed}")
+        pool = self.materials.splits.unlabeled
+        sections = self.experiment.losses
+        fingerprint = _plain(
+            self._common_print(seed)
+            | {
+                "losses": {key: section.model_dump() for key, section in sections.items()},
+                "unlabeled": None if pool is None else content_hash(pool),
+                "teacher": self._teacher_print,
+            }
+        )
+        if self._is_done(folder, fingerprint, name):
+            return
+        # The same seed at the same point as in the baseline's stage: both start from the same weights.
+        set_seed(seed)
+        model = self.materials.new_student()
+        train = self.materials.tokens(self.materials.splits.train)
+        if pool is not None:
+            train = concatenate_datasets([train, self.materials.tokens(pool)])
+        self._job(
+            name,
+            folder,
+            fingerprint,
+            model=model,
+            losses={key: LOSSES[key](**section.arguments()) for key, section in sections.items()},
+            weights={key: section.weight for key, section in sections.items()},
+            teacher=self._load_teacher(),
+            train=train,
+            arguments=training_arguments(self.experiment.training, folder.checkpoints, seed),
+        ).run(self.say)
+
+    def _load_teacher(self) -> PreTrainedModel:
+        return load_classifier(*self._teacher_source)
+
+    # ---- the report ----
+
+    def _report_stage(self) -> dict[str, Any]:
+        folders: dict[str, dict[int, Path]] = {"baseline": {}, "student": {}}
+        for kind, by_seed in folders.items():
+            for seed in self.experiment.seeds:
+                folder = StageFolder(self.root / kind / f"seed-{seed}")
+                if folder.record() is None:
+                    raise UsageError(f"no finished {kind} in {folder.path}; run the stage {kind} first")
+                by_seed[seed] = folder.path
+        teacher, revision = self._teacher_source
+        start = time.monotonic()
+        report = build_report(
+            teacher=teacher,
+            teacher_revision=revision,
+            baselines=folders["baseline"],
+            students=folders["student"],
+            tokenizer=self.materials.tokenizer,
+            test=self.materials.tokens_alone(self.materials.splits.test),
+            label_names=self.materials.label_names,
+            settings=self.experiment.report,
+            device=self.state.device,
+        )
+        report["run"] = {
+            "dataset": self.experiment.data.dataset,
+            "stages": self._stage_records(),
+            "versions": versions(),
+        }
+        write_report(report, self.root)
+        self.say(f"{'report':<20} {time.monotonic() - start:.0f} s → {self.root / 'report.md'}")
+        return report
+
+    def _stage_records(self) -> dict[str, Any]:
+        """Steps, seconds and objective of each finished stage of these seeds."""
+        names = ["teacher", *(f"{kind}/seed-{s}" for s in self.experiment.seeds for kind in ("baseline", "student"))]
+        records = {}
+        for name in names:
+            if (record := StageFolder(self.root / name).record()) is not None:
+                records[name] = {key: record[key] for key in ("objective", "steps", "seconds")}
+        return records
+
+
+def _plain(fingerprint: Fingerprint) -> Fingerprint:
+    """As it will be read back: tuples are lists, keys are strings."""
+    return json.loads(json.dumps(fingerprint))

@@ -1,0 +1,86 @@
+"""`distill-nlp predict`: texts in, labels out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from distill_nlp.data_files import check_utf8, load_split
+from distill_nlp.errors import UsageError
+from distill_nlp.inference import predict_logits
+from distill_nlp.loading import load_classifier, load_config, load_tokenizer
+
+_COLUMN_FILES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
+# Texts that are sorted by length together: memory stays flat on files of any size.
+_WINDOW = 2048
+
+
+def read_texts(arguments: list[str], text_column: str = "text") -> Iterator[str]:
+    """The texts of the command line: themselves, the rows of a file, or the lines of stdin.
+
+    Raises:
+        UsageError: a file without that column, without texts in it, or not in UTF-8.
+    """
+    if arguments == ["-"]:
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    path = Path(arguments[0]).expanduser()
+    if len(arguments) > 1 or len(arguments[0]) > 1000 or not path.is_file():
+        yield from arguments
+        return
+    if path.suffix not in _COLUMN_FILES:
+        check_utf8(path)
+        with open(path, encoding="utf-8") as lines:
+            yield from (line.rstrip("\n") for line in lines)
+        return
+    rows = load_split(str(path), "train")
+    if text_column not in rows.column_names:
+        raise UsageError(f"{path} has no column {text_column!r}; there is: {', '.join(rows.column_names)}")
+    for i, text in enumerate(rows[text_column]):
+        if not isinstance(text, str):
+            raise UsageError(f"row {i} of {path} has no text in {text_column}: {text!r}")
+        yield text
+
+
+def predict(
+    model: str, texts: Iterable[str], as_json: bool = False, batch_size: int = 32, max_length: int | None = None
+) -> Iterator[str]:
+    """One line for each text, in order: `label<TAB>score<TAB>text`, or JSON with the scores of all labels.
+
+    Args:
+        model: folder or Hub id of a classifier.
+        texts: read as they are needed.
+        as_json: JSON lines instead of text.
+        batch_size: texts of one forward pass.
+        max_length: in tokens; what the tokenizer or the model allows where not given.
+
+    Raises:
+        UsageError: the model is no classifier.
+    """
+    config = load_config(model)
+    classifier = load_classifier(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        raise UsageError(f"{model} is no classifier (its config names {config.architectures}); train one first")
+    tokenizer = load_tokenizer(model)
+    longest = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    limit = min(n for n in longest if n)
+    stream = iter(texts)
+    while window := list(islice(stream, _WINDOW)):
+        encoded = tokenizer(window, truncation=True, max_length=limit)
+        rows = [{key: encoded[key][i] for key in encoded} for i in range(len(window))]
+        scores = torch.softmax(torch.from_numpy(predict_logits(classifier, tokenizer, rows, batch_size)), dim=-1)
+        for text, row in zip(window, scores.tolist(), strict=True):
+            best = max(range(len(row)), key=row.__getitem__)
+            label = config.id2label[best]
+            if as_json:
+                named = {config.id2label[i]: round(score, 6) for i, score in enumerate(row)}
+                yield json.dumps(
+                    {"text": text, "label": label, "score": round(row[best], 6), "scores": named}, ensure_ascii=False
+                )
+            else:
+                yield f"{label}\t{row[best]:.4f}\t{' '.join(text.split())}"

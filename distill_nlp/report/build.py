@@ -1,0 +1,160 @@
+"""Evaluates the models of an experiment on the test rows and compares them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from distill_nlp.config import ReportSection
+from distill_nlp.inference import predict_logits
+from distill_nlp.loading import load_classifier
+from distill_nlp.metrics import ClassificationMetrics
+from distill_nlp.report.speed import measure_speed
+from distill_nlp.report.statistics import bootstrap_means, gap_closed, interval, mcnemar
+from distill_nlp.teacher import label_order
+
+SCHEMA_VERSION = 1
+LOGITS = "logits"
+
+
+def build_report(
+    teacher: str,
+    baselines: Mapping[int, Path],
+    students: Mapping[int, Path],
+    tokenizer: Any,
+    test: Any,
+    label_names: list[str],
+    settings: ReportSection,
+    device: Any = "cpu",
+    teacher_revision: str | None = None,
+) -> dict[str, Any]:
+    """Runs every model over the test rows, once, and compares.
+
+    Args:
+        teacher: Hub id or folder of the fine-tuned teacher.
+        baselines, students: seed -> folder, the same seeds in both.
+        tokenizer: of all models.
+        test: tokenized rows with `labels`.
+        label_names: names of the classes, by index.
+        settings: what to measure.
+        device: where to run.
+
+    Returns:
+        A JSON-ready dict; under `logits`, which is no part of report.json, each model's logits by name.
+    """
+    rows = test.to_list()
+    labels = np.array([row["labels"] for row in rows])
+    teacher_model = load_classifier(teacher, teacher_revision).to(device)
+    logits = {"teacher": predict_logits(teacher_model, tokenizer, rows, description="Evaluating teacher")}
+    first_student = load_classifier(str(next(iter(students.values()))))
+    order = label_order(teacher_model.config, first_student.config)
+    if order is not None:
+        logits["teacher"] = logits["teacher"][:, order]
+    for kind, folders in (("baseline", baselines), ("student", students)):
+        for seed, folder in folders.items():
+            model = load_classifier(str(folder)).to(device)
+            name = f"{kind} seed {seed}"
+            logits[f"{kind}/{seed}"] = predict_logits(model, tokenizer, rows, description=f"Evaluating {name}")
+
+    models: dict[str, Any] = {
+        "teacher": {"path": str(teacher), **_scores(logits["teacher"], labels), **_size(teacher_model, teacher)}
+    }
+    speed_models = {"teacher": teacher_model}
+    for kind, folders in (("baseline", baselines), ("student", students)):
+        seeds = {
+            str(seed): {
+                "path": str(folder),
+                **_scores(logits[f"{kind}/{seed}"], labels),
+                "agreement": _agreement(logits[f"{kind}/{seed}"], logits["teacher"]),
+            }
+            for seed, folder in folders.items()
+        }
+        model = load_classifier(str(next(iter(folders.values()))))
+        speed_models[kind] = model
+        summary = {key: _mean_sd([s[key] for s in seeds.values()]) for key in ("accuracy", "f1_macro", "agreement")}
+        models[kind] = {"seeds": seeds, **summary, **_size(model, next(iter(folders.values())))}
+    for name, speed in measure_speed(speed_models, tokenizer, rows, settings, device).items():
+        models[name] |= speed
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "test_rows": len(rows),
+        "label_names": label_names,
+        "models": models,
+        "comparison": _compare(logits, labels, list(students), settings.bootstrap_samples),
+        "machine": machine(device),
+        LOGITS: {**logits, "labels": labels},
+    }
+
+
+def _compare(logits: dict[str, np.ndarray], labels: np.ndarray, seeds: list[int], samples: int) -> dict[str, Any]:
+    """Student against baseline: differences with intervals, and McNemar's test for each seed and for all."""
+    right = {name: values.argmax(axis=1) == labels for name, values in logits.items()}
+    baseline = np.stack([right[f"baseline/{seed}"] for seed in seeds], axis=1)  # (N, seeds)
+    student = np.stack([right[f"student/{seed}"] for seed in seeds], axis=1)
+    # A row of the bootstrap is a test example with the outcomes of all seeds: seeds share their examples.
+    columns = np.stack([right["teacher"], baseline.mean(axis=1), student.mean(axis=1)], axis=1).astype(float)
+    t, b, s = columns.mean(axis=0)
+    bt, bb, bs = bootstrap_means(columns, samples).T
+    closed = float(gap_closed(t, b, s))
+    tests = {}
+    for i, seed in enumerate(seeds):
+        tests[str(seed)] = _named(mcnemar(student[:, i], baseline[:, i]))
+    return {
+        "difference": {"value": float(s - b), "interval": interval(bs - bb)},
+        "retention": {"value": float(s / t) if t else None, "interval": interval(bs / np.where(bt > 0, bt, np.nan))},
+        "gap_closed": {
+            "value": closed if np.isfinite(closed) else None,
+            "interval": interval(gap_closed(bt, bb, bs)) if np.isfinite(closed) else None,
+        },
+        "accuracy_intervals": {"teacher": interval(bt), "baseline": interval(bb), "student": interval(bs)},
+        "mcnemar": {"seeds": tests, "pooled": _named(mcnemar(student.ravel(), baseline.ravel()))},
+        "bootstrap_samples": samples,
+    }
+
+
+def _named(test: dict[str, Any]) -> dict[str, Any]:
+    return {"student_only": test["a_only"], "baseline_only": test["b_only"], "p_value": test["p_value"]}
+
+
+def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return ClassificationMetrics().compute(
+        predictions=logits.argmax(axis=1), references=labels, labels=list(range(logits.shape[1]))
+    )
+
+
+def _agreement(logits: np.ndarray, teacher_logits: np.ndarray) -> float:
+    return float(np.mean(logits.argmax(axis=1) == teacher_logits.argmax(axis=1)))
+
+
+def _mean_sd(values: list[float]) -> dict[str, float | None]:
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+def _size(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Parameters, and megabytes (10^6) of the weights on disk; for a model on the Hub, of its tensors."""
+    folder = Path(path).expanduser()
+    files = [f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin")] if folder.is_dir() else []
+    size = sum(f.stat().st_size for f in files) or sum(t.nbytes for t in model.state_dict().values())
+    return {"parameters": sum(p.numel() for p in model.parameters()), "size_mb": round(size / 1e6, 2)}
+
+
+def machine(device: Any) -> dict[str, Any]:
+    """What the speeds were measured on."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor()
+    return {"device": str(device), "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

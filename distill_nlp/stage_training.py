@@ -1,0 +1,196 @@
+"""One training stage: from a model and rows to a finished folder, going on where an earlier attempt stopped."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+import distill_nlp
+from distill_nlp.arguments import DistillationArguments
+from distill_nlp.config import TrainingSection
+from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.losses import DistillationLoss
+from distill_nlp.metrics import compute_metrics
+from distill_nlp.progress import StageProgress
+from distill_nlp.stages import Fingerprint, StageFolder, write_json
+from distill_nlp.trainer import DistillationTrainer
+
+Say = Callable[[str], None]
+
+# Settings that change how a run looks or where it runs, not what comes out.
+_COSMETIC = {"logging_steps", "report_to", "run_name", "dataloader_num_workers", "per_device_eval_batch_size"}
+
+
+@dataclass
+class TrainingJob:
+    """All that one training takes.
+
+    Args:
+        name: of the stage, for messages.
+        folder: where work and result go.
+        fingerprint: what the result depends on, written beside it.
+        model: the one to train.
+        losses, weights, teacher: as `DistillationTrainer` takes them.
+        train, validation: tokenized rows.
+        arguments: of the Trainer.
+        tokenizer: saved with the model.
+        max_length: of the rows, in tokens.
+    """
+
+    name: str
+    folder: StageFolder
+    fingerprint: Fingerprint
+    model: PreTrainedModel
+    losses: dict[str, DistillationLoss]
+    train: Any
+    validation: Any
+    arguments: DistillationArguments
+    tokenizer: Any
+    max_length: int
+    teacher: PreTrainedModel | None = None
+    weights: dict[str, float] | None = None
+
+    def run(self, say: Say) -> None:
+        """Trains, keeps the best checkpoint by the validation metric, and finishes the folder.
+
+        Raises:
+            UsageError: models, losses and lengths do not fit.
+            DistillError: the device has too little memory.
+        """
+        for role, model in (("model", self.model), ("teacher", self.teacher)):
+            longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+            if longest is not None and longest < self.max_length:
+                raise UsageError(
+                    f"data.max_length is {self.max_length}, but the {role} of the stage {self.name} reads at most "
+                    f"{longest} tokens"
+                )
+        state = PartialState()
+        if state.is_main_process:
+            self.folder.begin(self.fingerprint)
+        state.wait_for_everyone()
+        trainer = self._trainer(say)
+        checkpoint = self.folder.last_checkpoint()
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        going_on = f", going on from {checkpoint.name}" if checkpoint else ""
+        say(f"{self.name:<20} {parameters:.1f}M parameters, loss {trainer.objective.formula()}{going_on}")
+        start = time.monotonic()
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            raise DistillError(
+                f"{self.name}: out of memory; lower training.per_device_train_batch_size (and raise "
+                "gradient_accumulation_steps by as much) or data.max_length, or set training.gradient_checkpointing"
+            ) from error
+        seconds = time.monotonic() - start
+        metrics = trainer.evaluate()
+        trainer.save_model(str(self.folder.result))
+        if state.is_main_process:
+            write_json(self.folder.result / "training_log.json", {"log": trainer.state.log_history})
+            self.folder.finish(
+                {
+                    "stage": self.name,
+                    "fingerprint": self.fingerprint,
+                    "objective": trainer.objective.formula(),
+                    "steps": trainer.state.global_step,
+                    "best_step": trainer.state.best_global_step,
+                    "seconds": round(seconds, 1),
+                    "validation": {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")},
+                    "versions": versions(),
+                }
+            )
+        state.wait_for_everyone()
+        say(
+            f"{self.name:<20} {trainer.state.global_step} steps in {seconds:.0f} s, validation accuracy "
+            f"{metrics['eval_accuracy']:.4f} → {self.folder.path}"
+        )
+
+    def _trainer(self, say: Say) -> DistillationTrainer:
+        try:
+            trainer = DistillationTrainer(
+                model=self.model,
+                teacher=self.teacher,
+                losses=self.losses,
+                loss_weights=self.weights,
+                args=self.arguments,
+                train_dataset=self.train,
+                eval_dataset=self.validation,
+                processing_class=self.tokenizer,
+                compute_metrics=compute_metrics,
+                callbacks=[StageProgress(self.name, say)],
+            )
+        except ValueError as error:
+            raise UsageError(f"{self.name}: {error}") from error
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        return trainer
+
+
+def training_arguments(section: TrainingSection, output_dir: Path, seed: int) -> DistillationArguments:
+    """The Trainer's arguments for these settings.
+
+    Raises:
+        ValueError: settings that contradict each other, or that this machine cannot serve.
+    """
+    values = section.model_dump()
+    if values.pop("gradient_checkpointing"):
+        # The argument is being renamed; a deprecation warning per stage helps nobody.
+        known = DistillationArguments.__dataclass_fields__
+        new = "activation_checkpointing"
+        values[new if new in known else "gradient_checkpointing"] = True
+    # bf16 without an accelerator is refused by TrainingArguments unless the CPU is asked for by name.
+    values["use_cpu"] = values["use_cpu"] or not torch.accelerator.is_available()
+    strategy = values["eval_strategy"]
+    return DistillationArguments(
+        **{
+            "save_total_limit": 1,
+            "disable_tqdm": not sys.stderr.isatty(),
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **values,
+            "output_dir": str(output_dir),
+            "seed": seed,
+            "save_strategy": strategy,
+            "save_steps": values["eval_steps"] or 500,
+            "load_best_model_at_end": strategy != "no",
+            "greater_is_better": values["metric_for_best_model"] != "loss",
+        }
+    )
+
+
+def same_budget(section: TrainingSection, arguments: DistillationArguments, rows: int) -> TrainingSection:
+    """The settings for a baseline on fewer rows: as many steps, and evaluations, as `rows` rows give the student."""
+    per_epoch = math.ceil(rows / arguments.per_device_train_batch_size / arguments.world_size)
+    per_epoch = math.ceil(per_epoch / arguments.gradient_accumulation_steps)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(per_epoch * arguments.num_train_epochs)
+    changes: dict[str, Any] = {"max_steps": steps}
+    if section.eval_strategy == "epoch":
+        changes |= {"eval_strategy": "steps", "eval_steps": per_epoch}
+    return section.model_copy(update=changes)
+
+
+def effective(section: TrainingSection) -> dict[str, Any]:
+    """The settings of a section that change what comes out."""
+    return {k: v for k, v in section.model_dump(mode="json").items() if k not in _COSMETIC}
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    import accelerate
+    import transformers
+
+    return {
+        "distill_nlp": distill_nlp.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": sys.version.split()[0],
+    }

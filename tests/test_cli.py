@@ -1,0 +1,273 @@
+"""The command through its real entry points, on tiny data: all stages, what is not done again, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from helpers import make_student, make_teacher, make_tokenizer
+
+from distill_nlp.cli import main
+
+ROOT = Path(__file__).parent.parent
+LABELS = ("bad", "good")
+
+
+def write_rows(folder: Path) -> Path:
+    """Separable rows: the first word tells the label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", 40), ("validation", 12), ("test", 16), ("pool", 20)):
+        rows = [(f"w{4 + i % 2} w{10 + (i * 7 + len(split)) % 60} w{10 + (i * 3) % 50}", i % 2) for i in range(count)]
+        pd.DataFrame(rows, columns=["text", "label"]).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """`experiment(dotted changes)`: the path of a config of a tiny experiment with a local teacher backbone."""
+    backbone = tmp_path / "backbone"
+    model = make_teacher(id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
+    model.bert.save_pretrained(backbone)
+    make_tokenizer().save_pretrained(backbone)
+    write_rows(tmp_path / "data")
+
+    def write(**changes) -> Path:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "seeds": [0],
+            "data": {
+                "dataset": str(tmp_path / "data"),
+                "validation_split": "validation",
+                "label_names": list(LABELS),
+                "max_length": 16,
+            },
+            "teacher": {"model": str(backbone), "training": {"max_steps": 4}},
+            "student": {"from_teacher": {"layers": 2}},
+            "losses": {"ce": {"weight": 0.3}, "kl": {"weight": 0.7}, "hidden": {}, "attention": {"layers": "last"}},
+            "training": {"max_steps": 3, "per_device_train_batch_size": 8, "eval_strategy": "steps", "eval_steps": 2},
+            "report": {
+                "latency_samples": 2,
+                "throughput_batch_size": 4,
+                "throughput_batches": 2,
+                "bootstrap_samples": 100,
+            },
+        }
+        for dotted, value in changes.items():
+            *parents, last = dotted.split("__")
+            inner = settings
+            for name in parents:
+                inner = inner.setdefault(name, {})
+            inner[last] = value
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "distill_nlp", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_the_installed_command_runs_all_stages_and_does_nothing_twice(experiment, tmp_path):
+    config = experiment(data__unlabeled="pool")
+    first = command("run", str(config), "--losses.kl.temperature", "4")
+    assert first.returncode == 0, first.stderr
+    assert "gap closed" in first.stdout
+    assert "kl(T=4)" in first.stderr
+    run = tmp_path / "run"
+    for name in ("teacher", "baseline/seed-0", "student/seed-0"):
+        record = json.loads((run / name / "stage.json").read_text())
+        assert record["steps"] == (4 if name == "teacher" else 3)
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (run / name).iterdir()}
+    report = json.loads((run / "report.json").read_text())
+    assert report["test_rows"] == 16
+    assert report["run"]["stages"]["student/seed-0"]["objective"].startswith("0.3·ce + 0.7·kl(T=4)")
+    assert not list(run.rglob("*.partial"))
+
+    again = command("run", str(config), "--losses.kl.temperature", "4")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("done already") == 3
+    changed = command("run", str(config), "--losses.kl.temperature", "2", "--stages", "teacher,baseline,student")
+    assert changed.stderr.count("done already") == 2
+    assert "student, seed 0" in changed.stderr
+    assert "settings changed, so it is done again (losses.kl.temperature: 4 → " in changed.stderr
+    assert changed.stdout == ""
+
+
+@pytest.mark.slow
+def test_the_finished_student_loads_anywhere(experiment, tmp_path, capsys):
+    from transformers import AutoModelForSequenceClassification, pipeline
+
+    assert main(["run", str(experiment()), "--stages", "teacher,student"]) == 0
+    folder = tmp_path / "run" / "student" / "seed-0"
+    model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.id2label == dict(enumerate(LABELS))
+    assert pipeline("text-classification", model=str(folder))("w4 w9")[0]["label"] in LABELS
+
+    capsys.readouterr()
+    assert main(["predict", str(folder), "w4 w20", "w5\nw30", "--format", "jsonl"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["text"] for line in lines] == ["w4 w20", "w5\nw30"]
+    assert all(set(line["scores"]) == set(LABELS) for line in lines)
+    assert all(line["score"] == max(line["scores"].values()) for line in lines)
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("w4 w20\nw5 w30\n", encoding="utf-8")
+    assert main(["predict", str(folder), str(texts)]) == 0
+    from_lines = capsys.readouterr().out.splitlines()
+    assert main(["predict", str(folder), str(tmp_path / "data" / "test.parquet")]) == 0
+    from_table = capsys.readouterr().out.splitlines()
+    assert (len(from_lines), len(from_table)) == (2, 16)
+    assert from_lines[0].split("\t")[0] in LABELS
+
+
+@pytest.mark.slow
+def test_an_interrupted_stage_goes_on_and_ends_like_an_uninterrupted_one(experiment, tmp_path, monkeypatch, capsys):
+    import safetensors.torch
+
+    from distill_nlp.trainer import DistillationTrainer
+
+    assert main(["run", str(experiment()), "--stages", "teacher,student"]) == 0
+    whole = safetensors.torch.load_file(tmp_path / "run" / "student" / "seed-0" / "model.safetensors")
+
+    step = DistillationTrainer.training_step
+
+    def interrupted(self, *arguments, **keywords):
+        if self.state.global_step == 2 and self.teacher is not None:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **keywords)
+
+    other = ["--output_dir", str(tmp_path / "second"), "--stages", "teacher,student"]
+    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    assert main(["run", str(experiment()), *other]) == 130
+    assert not (tmp_path / "second" / "student" / "seed-0").exists()
+    monkeypatch.setattr(DistillationTrainer, "training_step", step)
+    capsys.readouterr()
+    assert main(["run", str(experiment()), *other]) == 0
+    assert "going on from checkpoint-2" in capsys.readouterr().err
+    resumed = safetensors.torch.load_file(tmp_path / "second" / "student" / "seed-0" / "model.safetensors")
+    assert all((whole[name] == resumed[name]).all() for name in whole)
+
+
+@pytest.mark.slow
+def test_a_finished_teacher_is_not_trained_and_gives_the_label_names(experiment, tmp_path, capsys):
+    ready = tmp_path / "ready"
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
+    make_teacher(**names).save_pretrained(ready)
+    make_tokenizer().save_pretrained(ready)
+    config = experiment(teacher={"model": str(ready)}, data__label_names=None, losses={"kl": {}})
+    assert main(["run", str(config), "--stages", "teacher,student"]) == 0
+    assert "is a classifier for these labels already: not trained" in capsys.readouterr().err
+    saved = json.loads((tmp_path / "run" / "student" / "seed-0" / "config.json").read_text())
+    assert saved["id2label"] == {"0": "bad", "1": "good"}
+
+
+REFUSED = {
+    "no config": ({}, ["absent.yaml"], "no config file absent.yaml"),
+    "missing data": ({"data__dataset": "./nowhere"}, [], "data.dataset: no file or folder ./nowhere"),
+    "missing column": ({"data__text_column": "review"}, [], "no column 'review' (data.text_column)"),
+    "label out of range": ({"data__label_names": None, "data__label_column": "big"}, [], "no column 'big'"),
+    "missing teacher": ({"teacher__model": "./nothing"}, [], "no model folder ./nothing"),
+    "unknown stage": ({}, ["--stages", "techer"], "--stages: unknown techer"),
+    "unknown setting": ({}, ["--data.max_lenght", "3"], "data.max_lenght: unknown setting; did you mean max_length?"),
+    "long input": ({"data__max_length": 64}, [], "data.max_length is 64, but the model of the stage teacher reads"),
+    "stage before": ({}, ["--stages", "student"], "run the stage teacher first"),
+    "too many layers": ({"losses": {"hidden": {"layers": [[1, 9]]}}}, ["--stages", "student"], "run the stage teacher"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_line_with_exit_code_2(experiment, capsys, case, tmp_path):
+    changes, extra, expected = REFUSED[case]
+    config = experiment(**changes)
+    arguments = ["run", *([str(config)] if not extra or extra[0].startswith("--") else []), *extra]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert expected in error
+    assert not list((tmp_path / "run").glob("*/stage.json"))
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_teacher_with_other_labels_is_refused_with_both_lists(experiment, tmp_path, capsys):
+    make_teacher().save_pretrained(tmp_path / "three")
+    make_tokenizer().save_pretrained(tmp_path / "three")
+    assert main(["run", str(experiment(teacher={"model": str(tmp_path / "three")}))]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "3 labels ['negative', 'neutral', 'positive']" in error
+    assert "2 ['bad', 'good']" in error
+    assert "teacher.finetune: always" in error
+
+
+def test_a_student_with_another_vocabulary_of_the_same_size_is_refused(experiment, tmp_path, capsys):
+    make_student(id2label=dict(enumerate(LABELS))).save_pretrained(tmp_path / "other")
+    tokenizer = make_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = backend["model"]["vocab"]
+    vocab["w40"], vocab["w41"] = vocab["w41"], vocab["w40"]
+    from tokenizers import Tokenizer
+
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert main(["run", str(experiment(student={"model": str(tmp_path / "other")}))]) == 2
+    assert "has another vocabulary than the tokenizer" in capsys.readouterr().err
+
+
+def test_a_hub_id_without_a_network_fails_in_one_line(experiment, capsys):
+    assert main(["run", str(experiment(teacher__model="nobody/no-such-model"))]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot load 'nobody/no-such-model'" in error
+    assert "check the name and the network" in error
+    assert main(["run", str(experiment(data__dataset="nobody/no-such-data"))]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot load 'nobody/no-such-data'" in error
+
+
+def test_a_traceback_only_with_debug(experiment):
+    from distill_nlp.errors import UsageError
+
+    with pytest.raises(UsageError):
+        main(["run", str(experiment(data__dataset="./nowhere")), "--debug"])
+
+
+def test_predict_refuses_what_is_no_classifier(experiment, tmp_path, capsys):
+    experiment()
+    assert main(["predict", str(tmp_path / "backbone"), "w4"]) == 2
+    assert "is no classifier" in capsys.readouterr().err
+
+
+def test_help_explains_every_setting(capsys):
+    from distill_nlp.config_file import leaves
+
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    missing = [name for name, _ in leaves() if name != "losses" and f"--{name}" not in text]
+    assert not missing
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+
+
+def test_unknown_words_of_predict_are_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "model", "text", "--formt", "jsonl"])
+    assert caught.value.code == 2

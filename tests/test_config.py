@@ -1,0 +1,163 @@
+"""Settings: read, overridden, and refused with their path, all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distill_nlp.cli import _dotted, _value
+from distill_nlp.config_file import leaves, load_experiment
+from distill_nlp.errors import UsageError
+
+MINIMAL = {
+    "output_dir": "runs/x",
+    "data": {"dataset": "somewhere"},
+    "teacher": {"model": "bert"},
+    "student": {"from_teacher": {"layers": 2}},
+    "losses": {"kl": {"temperature": 2.0}},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(settings, name: str = "config.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_a_minimal_config_gets_the_defaults(write):
+    experiment = load_experiment(write(MINIMAL))
+    assert experiment.seeds == [42]
+    assert experiment.losses["kl"].arguments() == {"temperature": 2.0}
+    assert experiment.training.learning_rate == 5e-5
+
+
+def test_overrides_reach_any_leaf(write):
+    overrides = {"data.max_length": 64, "losses.kl.temperature": 8, "training.adam_beta2": 0.98, "seeds": [1, 2]}
+    experiment = load_experiment(write(MINIMAL), overrides)
+    assert experiment.data.max_length == 64
+    assert experiment.losses["kl"].arguments() == {"temperature": 8}
+    assert experiment.training.model_extra == {"adam_beta2": 0.98}
+    assert experiment.seeds == [1, 2]
+
+
+def test_every_mistake_is_named_with_its_path_at_once(write):
+    wrong = {
+        **MINIMAL,
+        "data": {"dataset": "x", "max_lenght": 128, "validation_fraction": 2},
+        "training": {"learning_rate": "fast"},
+        "losses": {"kl": {"temperature": 0}},
+        "seed": 3,
+    }
+    with pytest.raises(UsageError) as caught:
+        load_experiment(write(wrong))
+    message = str(caught.value)
+    assert "5 settings are wrong" in message
+    assert "data.max_lenght: unknown setting; did you mean max_length?" in message
+    assert "data.validation_fraction: input should be less than 1, got 2" in message
+    assert "training.learning_rate: input should be a valid number" in message
+    assert "'fast'" in message
+    assert "losses: kl: temperature must be > 0, got 0" in message
+    assert "seed: unknown setting; did you mean seeds?" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"teacher": {}}, "teacher: needs exactly one of model and config"),
+        ({"student": {"model": "a", "from_teacher": {"layers": 1}}}, "student: needs exactly one of"),
+        ({"teacher": {"config": {"model_type": "bert"}}}, "data.tokenizer is needed"),
+        ({"losses": {}}, "losses is empty"),
+        ({"losses": {"hiden": {}}}, "unknown loss 'hiden'; there are ce, kl, hidden, attention; did you mean hidden?"),
+        ({"losses": {"kl": {"temprature": 2}}}, "kl: unknown keyword argument 'temprature'"),
+        ({"losses": {"hidden": {"layers": "unifrom"}}}, "hidden: layers must be one of uniform, last, first"),
+        ({"losses": {"kl": {"weight": 0}}}, "all loss weights are 0"),
+        ({"seeds": [1, 1]}, "seeds: must be distinct"),
+        ({"training": {"output_dir": "x"}}, "training: output_dir is not set here"),
+        ({"training": {"learning_rat": 1}}, "training: unknown: learning_rat; did you mean learning_rate?"),
+        ({"data": {}}, "data.dataset: is needed"),
+    ],
+)
+def test_a_contradiction_is_refused(write, changes, expected):
+    with pytest.raises(UsageError) as caught:
+        load_experiment(write(MINIMAL | changes))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- a\n- b", "must hold settings by name"),
+        ("output_dir: a\noutput_dir: b", "the key 'output_dir' is given twice"),
+        ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_what_is_no_config_is_refused(write, text, expected):
+    with pytest.raises(UsageError, match=expected):
+        load_experiment(write(text))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no config file"):
+        load_experiment(tmp_path / "absent.yaml")
+
+
+def test_a_number_without_a_point_is_a_number(write):
+    text = yaml.safe_dump(MINIMAL) + "training: {learning_rate: 1e-4, adam_epsilon: 1e-8}\n"
+    experiment = load_experiment(write(text))
+    assert experiment.training.learning_rate == 1e-4
+    assert experiment.training.model_extra == {"adam_epsilon": 1e-8}
+
+
+def test_the_teachers_own_training_lies_over_the_common_one(write):
+    changes = {
+        "training": {"learning_rate": 1e-3, "bf16": True},
+        "teacher": {"model": "b", "training": {"bf16": False}},
+    }
+    section = load_experiment(write(MINIMAL | changes)).teacher_training()
+    assert section.learning_rate == 1e-3
+    assert section.bf16 is False
+
+
+def test_every_setting_says_what_it_is():
+    without = [name for name, field in leaves() if not field.description]
+    assert not without
+
+
+def test_values_of_the_command_line_are_yaml():
+    fields = dict(leaves())
+    assert _value("0,1,2", fields["seeds"]) == [0, 1, 2]
+    assert _value("7", fields["seeds"]) == [7]
+    assert _value("null", fields["data.validation_split"]) is None
+    assert _dotted(["--losses.kl.temperature", "4", "--losses.hidden.layers=[[1, 2]]"]) == {
+        "losses.kl.temperature": 4,
+        "losses.hidden.layers": [[1, 2]],
+    }
+    with pytest.raises(UsageError, match="needs a value"):
+        _dotted(["--losses.kl.temperature"])
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+
+
+def test_there_are_configs():
+    assert {"imdb.yaml", "imdb_small.yaml", "quickstart.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_parses(path):
+    if path.parent.name == "accelerate":
+        from accelerate.commands.config.config_args import load_config_from_file
+
+        config = load_config_from_file(str(path))
+        assert config.num_processes >= 1
+        assert config.mixed_precision in ("no", "bf16")
+    else:
+        assert load_experiment(path).losses

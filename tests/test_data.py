@@ -1,0 +1,184 @@
+"""Splits: read from every kind of file, labels mapped and checked, nothing leaking into the held-out rows."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
+from helpers import make_tokenizer
+
+from distill_nlp.config import DataSection
+from distill_nlp.data import content_hash, load_splits, tokenize
+from distill_nlp.errors import UsageError
+
+ROWS = [("w4 w5", "good"), ("w6", "bad"), ("w7 w8 w9", "good"), ("w10", "bad"), ("w11", "good"), ("w12", "bad")] * 4
+
+
+def frame(rows=ROWS) -> pd.DataFrame:
+    texts = [f"{text} w{20 + i}" for i, (text, _) in enumerate(rows)]
+    return pd.DataFrame({"text": texts, "label": [label for _, label in rows]})
+
+
+def section(folder, **changes) -> DataSection:
+    return DataSection(dataset=str(folder), **changes)
+
+
+WRITERS = {
+    "csv": lambda table, path: table.to_csv(path, index=False),
+    "tsv": lambda table, path: table.to_csv(path, index=False, sep="\t"),
+    "jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
+    "json": lambda table, path: table.to_json(path, orient="records"),
+    "parquet": lambda table, path: table.to_parquet(path),
+}
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, ending):
+    WRITERS[ending](frame(), tmp_path / f"train.{ending}")
+    WRITERS[ending](frame(ROWS[:6]), tmp_path / f"test.{ending}")
+    splits = load_splits(section(tmp_path, validation_fraction=0.25))
+    assert splits.label_names == ["bad", "good"]
+    assert len(splits.train) == 18
+    assert len(splits.validation) == 6
+    assert sorted(splits.validation["labels"]) == [0, 0, 0, 1, 1, 1]
+    assert splits.test[0] == {"text": "w4 w5 w20", "labels": 1}
+    assert not set(splits.train["text"]) & set(splits.validation["text"])
+
+
+def test_text_files_in_one_folder_per_label(tmp_path):
+    for split, count in (("train", 6), ("test", 2)):
+        for label in ("neg", "pos"):
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i}.txt").write_text(f"w{i} {label} {split}", encoding="utf-8")
+    splits = load_splits(section(tmp_path, validation_fraction=0.2))
+    assert splits.label_names == ["neg", "pos"]
+    assert len(splits.test) == 4
+    assert splits.test[0]["text"] == "w0 neg test"
+
+
+def test_a_saved_data_set_keeps_its_label_names(tmp_path):
+    rows = Dataset.from_dict({"text": [f"w{i}" for i in range(20)], "label": [i % 2 for i in range(20)]})
+    rows = rows.cast_column("label", ClassLabel(names=["no", "yes"]))
+    DatasetDict({"train": rows, "test": rows.select(range(4))}).save_to_disk(str(tmp_path / "saved"))
+    splits = load_splits(section(tmp_path / "saved"))
+    assert splits.label_names == ["no", "yes"]
+    with pytest.raises(UsageError, match="no split 'dev' in .*; there is: train, test"):
+        load_splits(section(tmp_path / "saved", validation_split="dev"))
+
+
+def test_unlabeled_rows_that_stand_in_held_out_splits_are_dropped_and_counted(tmp_path):
+    frame().to_csv(tmp_path / "train.csv", index=False)
+    frame(ROWS[:6]).to_csv(tmp_path / "test.csv", index=False)
+    frame(ROWS[:6]).to_csv(tmp_path / "validation.csv", index=False)
+    pool = pd.DataFrame({"text": ["w90", "w4 w5 w20", "w91"]})
+    pool.to_csv(tmp_path / "pool.csv", index=False)
+    splits = load_splits(section(tmp_path, validation_split="validation", unlabeled="pool"))
+    assert splits.unlabeled["text"] == ["w90", "w91"]
+    assert splits.unlabeled["labels"] == [-100, -100]
+    assert any("1 unlabeled rows dropped" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        ([0, 1, 2, 1], ["a", "b"], r"row 2 of the split 'train' has the label 2, outside 0\.\.1"),
+        ([0, 1, -1, 1], None, r"row 2 .* has the label -1, outside .* data.unlabeled"),
+        ([0.5, 1.5, 0.0, 1.0], None, r"row 0 .* has the label 0\.5 \(float\)"),
+        (["x", "y", None, "x"], ["x", "y"], "row 2 of the split 'train' has no label"),
+        (["x", "z", "y", "x"], ["x", "y"], r"row 1 .* has the label 'z', which is not among"),
+        (["x", "x", "x", "x"], ["x", "y"], "all 4 rows of the split 'train' have the label 'x'"),
+        ([1, 1, 1, 1], None, "all 4 rows of the split 'train' have the label"),
+    ],
+)
+def test_wrong_labels_are_refused_with_their_row(tmp_path, labels, names, expected):
+    table = pd.DataFrame({"text": ["a", "b", "c", "d"], "label": labels})
+    for split in ("train", "validation", "test"):
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(UsageError, match=expected):
+        load_splits(section(tmp_path, validation_split="validation", label_names=names))
+
+
+def test_one_missing_label_of_a_csv_is_named_although_it_makes_the_others_floats(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\na,0\nb,1\nc,\nd,1\n", encoding="utf-8")
+    (tmp_path / "test.csv").write_text("text,label\na,0\nb,1\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="row 2 of the split 'train' has no label in label"):
+        load_splits(section(tmp_path))
+
+
+def test_a_string_label_of_test_that_train_has_not_is_refused(tmp_path):
+    frame().to_csv(tmp_path / "train.csv", index=False)
+    frame([("a", "good"), ("b", "awful")]).to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(UsageError, match="row 1 of the split 'test' has the label 'awful'"):
+        load_splits(section(tmp_path))
+
+
+def test_missing_things_are_named(tmp_path):
+    with pytest.raises(UsageError, match="no file or folder"):
+        load_splits(section(tmp_path / "absent"))
+    frame().to_csv(tmp_path / "train.csv", index=False)
+    with pytest.raises(UsageError, match="no split 'test' in .*; there is: train.csv"):
+        load_splits(section(tmp_path))
+    frame().to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(UsageError, match=r"has no column 'review' \(data.text_column\); there is: text, label"):
+        load_splits(section(tmp_path, text_column="review"))
+    (tmp_path / "test.csv").write_text("text,label\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="test.csv has no rows"):
+        load_splits(section(tmp_path))
+    (tmp_path / "test.csv").write_bytes(b"")
+    with pytest.raises(UsageError, match="test.csv is empty"):
+        load_splits(section(tmp_path))
+
+
+def test_a_file_that_is_not_utf8_is_refused_with_its_line(tmp_path):
+    frame().to_csv(tmp_path / "train.csv", index=False)
+    (tmp_path / "test.csv").write_bytes("text,label\nfine,good\ncaf\xe9,bad\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"test.csv is not UTF-8 \(line 3\); .*iconv"):
+        load_splits(section(tmp_path))
+
+
+def test_a_broken_file_is_refused_in_one_line(tmp_path):
+    frame().to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "test.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-20])
+    with pytest.raises(UsageError, match="cannot read .*test.parquet as parquet") as caught:
+        load_splits(section(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_text_is_refused_with_its_row(tmp_path):
+    table = frame()
+    table.loc[3, "text"] = None
+    table.to_parquet(tmp_path / "train.parquet")
+    table.to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(UsageError, match="row 3 of the split 'train' has no text"):
+        load_splits(section(tmp_path))
+
+
+def test_the_hash_of_the_rows_does_not_depend_on_the_file(tmp_path):
+    for kind in ("csv", "parquet"):
+        (tmp_path / kind).mkdir()
+        WRITERS[kind](frame(), tmp_path / kind / f"train.{kind}")
+        WRITERS[kind](frame(), tmp_path / kind / f"test.{kind}")
+    hashes = {content_hash(load_splits(section(tmp_path / kind)).train) for kind in ("csv", "parquet")}
+    assert len(hashes) == 1
+    assert content_hash(load_splits(section(tmp_path / "csv", seed=1)).train) not in hashes
+
+
+def test_tokenizing_cuts_and_keeps_pairs_apart():
+    rows = Dataset.from_dict({"text": ["w4 w5 w6 w7", "w8"], "text_pair": ["w9", "w10 w11"], "labels": [0, -100]})
+    tokens = tokenize(rows, make_tokenizer(), max_length=6, token_type_ids=True)
+    assert tokens.column_names == ["labels", "input_ids", "token_type_ids", "attention_mask"]
+    assert [len(ids) for ids in tokens["input_ids"]] == [6, 6]
+    assert tokens["token_type_ids"][1] == [0, 0, 0, 1, 1, 1]
+    assert tokens["labels"] == [0, -100]
+
+
+def test_json_with_a_label_of_another_type_in_one_row_is_refused(tmp_path):
+    lines = [{"text": "a", "label": 0}, {"text": "b", "label": "one"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with pytest.raises(UsageError):
+        load_splits(section(tmp_path))

@@ -1,0 +1,55 @@
+"""The command on real reviews with the real vocabulary, in a small size; skipped where the data are absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distill_nlp.cli import main
+
+SHARED = Path(__file__).parents[2] / "shared"
+TOKENIZER = SHARED / "models" / "bert-base-uncased-tokenizer"
+
+pytestmark = pytest.mark.real_data
+
+
+def require(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"no real data in {path}")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "labels", "unlabeled"), [("imdb-small", ["negative", "positive"], None), ("sst2", None, "validation")]
+)
+def test_real_reviews_go_through_all_stages(name, labels, unlabeled, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "data": {
+            "dataset": str(require(SHARED / "data" / name)),
+            "validation_split": "validation",
+            "unlabeled": unlabeled,
+            "label_names": labels,
+            "tokenizer": str(require(TOKENIZER)),
+            "max_length": 64,
+            "max_train_samples": 64,
+            "max_test_samples": 64,
+        },
+        "teacher": {"config": {"model_type": "bert", **sizes}},
+        "student": {"config": {"model_type": "distilbert", "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}},
+        "losses": {"ce": {}, "kl": {}, "hidden": {"layers": "last"}, "attention": {"layers": "last"}},
+        "training": {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2},
+        "report": {"latency_samples": 4, "throughput_batches": 2, "bootstrap_samples": 100},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert main(["run", str(config)]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["test_rows"] == 64
+    assert report["label_names"] == (labels or ["LABEL_0", "LABEL_1"])
+    assert report["models"]["student"]["parameters"] < report["models"]["teacher"]["parameters"]
