@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -39,9 +40,24 @@ def _capturing_attention(module, query, key, value, attention_mask, dropout=0.0,
     if collector is not None:
         collector.calls += 1
         if collector.calls in collector.layers:
-            factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-            collector.attentions[collector.calls] = AttentionInputs(query, key, attention_mask, factor)
+            inputs = _attention_inputs(module, query, key, attention_mask, scaling, **kwargs)
+            collector.attentions[collector.calls] = inputs
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _attention_inputs(module, query, key, mask, scaling, is_causal=None, position_bias=None, **kwargs):
+    """What the map can be computed again from: all that SDPA would otherwise do by itself is done here."""
+    if position_bias is not None:
+        raise ValueError(
+            f"{type(module).__name__} adds a position bias to its scores, so that its map does not follow from queries "
+            "and keys; use hidden-state losses or losses of the logits for it"
+        )
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and is_causal:
+        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return AttentionInputs(query, key, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 AttentionInterface.register(ATTENTION_NAME, _capturing_attention)

@@ -33,8 +33,8 @@ class DistillationTrainer(Trainer):
     leaves a plain checkpoint of the student; training checkpoints also hold the projections. `trainer.student` is the
     bare student, `trainer.model` the `DistillationModel` around it.
 
-    Each term is logged as `loss_<name>`, unweighted: a mean over the rows of the logging window, on all ranks. The loss
-    of a step is the mean over its global batch, however that is cut into micro-batches and ranks.
+    The loss of a step is the mean over its global batch, however that is cut into micro-batches and ranks. Each term is
+    logged as `loss_<name>`, unweighted: the mean of that over the steps of the logging window.
 
     Args:
         model: the student.
@@ -45,7 +45,8 @@ class DistillationTrainer(Trainer):
         **kwargs: everything else that `Trainer` takes.
 
     Raises:
-        ValueError: losses that do not fit the two models, or models that do not fit each other.
+        ValueError: losses that do not fit the two models, models that do not fit each other, or several GPUs in one
+            process.
 
     Example:
         >>> trainer = DistillationTrainer(
@@ -76,10 +77,17 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 "label_smoothing_factor would be ignored: use losses={'ce': CrossEntropyLoss(label_smoothing=...)}"
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would be DataParallel, which cannot split the teacher's features; "
+                "start with `accelerate launch`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
+            )
         objective = DistillationObjective(losses or {}, loss_weights)
         if objective.needs_teacher and teacher is None:
             needing = [name for name, loss in objective.losses.items() if loss.needs_teacher]
             raise ValueError(f"losses {', '.join(needing)} need a teacher; pass teacher=")
+        if objective.needs_teacher and not set(model.parameters()).isdisjoint(teacher.parameters()):
+            raise ValueError("the student and the teacher share parameters, which would be frozen; pass a copy of one")
         wrapped = DistillationModel(model, objective, teacher.config if objective.needs_teacher else None)
         # Before the Trainer looks at the columns of the data: the teacher's inputs count as used.
         self.teacher = Teacher(teacher, model.config, objective) if objective.needs_teacher else None

@@ -1,0 +1,97 @@
+"""The student and its objective as one module."""
+
+import pytest
+import torch
+from helpers import all_losses, make_batch, make_student, make_teacher, seeded
+from torch import nn
+
+from distill_nlp import CrossEntropyLoss, DistillationModel, DistillationObjective, HiddenStateLoss, KLDivergenceLoss
+from distill_nlp.modeling import accepted_arguments
+from distill_nlp.outputs import DistillationOutput, Features
+
+
+def make_model(losses=None, student=None):
+    objective = DistillationObjective(losses or {"ce": CrossEntropyLoss(), "hidden": HiddenStateLoss()})
+    return seeded(5, lambda: DistillationModel(student or make_student(0.0), objective, make_teacher().config))
+
+
+def test_projections_are_its_parameters_and_the_student_is_whole():
+    model = make_model()
+    student, objective = model.split_state_dict(model.state_dict())
+    assert student.keys() == model.student.state_dict().keys()
+    assert set(objective) == {f"losses.hidden.projections.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
+    assert len(list(model.parameters())) == len(list(model.student.parameters())) + 4
+
+
+def test_in_evaluation_it_is_the_student_and_needs_no_teacher():
+    model = make_model().eval()
+    batch = make_batch()
+    output = model(**batch)
+    expected = model.student(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+    )
+    assert isinstance(output, DistillationOutput)
+    assert torch.equal(output.logits, expected.logits)
+    assert output.loss == expected.loss
+    assert list(output) == ["loss", "logits"]
+    del batch["labels"]
+    assert list(model(**batch)) == ["logits"]
+
+
+def test_in_training_a_missing_teacher_is_refused():
+    with pytest.raises(ValueError, match="the objective needs teacher=Features"):
+        make_model().train()(**make_batch())
+
+
+def test_losses_of_the_labels_alone_train_without_a_teacher():
+    model = DistillationModel(make_student(dropout=0.0), DistillationObjective({"ce": CrossEntropyLoss()}))
+    batch = make_batch()
+    output = model.train()(**batch)
+    expected = model.eval()(**batch)
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert set(output.terms) == {"ce"}
+
+
+def test_the_output_survives_being_rebuilt_by_keyword():
+    """DDP does so, and knows only the declared keys."""
+    output = DistillationOutput(loss=torch.ones(()), logits=torch.ones(1, 2), terms={"kl": torch.ones(())})
+    assert type(output)(**dict(output.items())).terms.keys() == {"kl"}
+
+
+def test_a_student_that_is_no_transformers_model_learns_from_logits():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = make_student().config
+            self.embedding = nn.EmbeddingBag(100, 3)
+
+        def forward(self, input_ids):
+            return {"logits": self.embedding(input_ids)}
+
+    model = make_model({"ce": CrossEntropyLoss(), "kl": KLDivergenceLoss()}, Bag())
+    batch = make_batch()
+    output = model.train()(teacher=Features(torch.randn(4, 3)), **batch)
+    output.loss.backward()
+    assert model.student.embedding.weight.grad.any()
+    assert model.eval()(**batch).loss is None
+    with pytest.raises(ValueError, match=r"losses\.attention: .*|does not use Transformers' attention interface"):
+        make_model({"attention": all_losses()["attention"]}, Bag())
+
+
+def test_accepted_arguments_are_the_declared_ones():
+    class Anything(nn.Module):
+        def forward(self, **kwargs):
+            pass
+
+    assert "token_type_ids" in accepted_arguments(make_teacher())
+    assert "token_type_ids" not in accepted_arguments(make_student())
+    assert accepted_arguments(Anything()) is None
+
+
+def test_what_the_trainer_asks_of_a_model_is_the_students():
+    model = make_model()
+    assert model.config is model.student.config
+    assert model.main_input_name == "input_ids"
+    assert model.num_parameters() == model.student.num_parameters()
+    assert model._no_split_modules == model.student._no_split_modules
+    assert not model.accepts_loss_kwargs

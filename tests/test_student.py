@@ -1,0 +1,291 @@
+"""Students from a checkpoint, from a config and from the teacher's layers."""
+
+import pytest
+import torch
+from helpers import (
+    LABELS,
+    bert_config,
+    distilbert_config,
+    label_config,
+    make_batch,
+    make_student,
+    parameters_of,
+    seeded,
+)
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from distill_nlp import build_student
+from distill_nlp.capture import enable_attention_capture, forward_with_features
+from distill_nlp.student import select_layers
+
+SMALL = {"model_type": "distilbert", "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 32, "vocab_size": 100}
+SIX_LAYERS = {"num_hidden_layers": 6}
+
+
+def hidden_states(model, segment_ids=None):
+    batch = make_batch()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if segment_ids is not None:
+        inputs["token_type_ids"] = segment_ids
+    depth = model.config.num_hidden_layers
+    with torch.no_grad():
+        found = forward_with_features(model.eval(), inputs, set(range(depth + 1)), set())
+    return [found.hidden_states[layer] for layer in range(depth + 1)], batch["attention_mask"].bool()
+
+
+# ---- exactly one way ----
+
+
+@pytest.mark.parametrize(
+    "ways", [{}, {"model": "x", "config": SMALL}, {"config": SMALL, "from_teacher": {"layers": 1}}]
+)
+def test_exactly_one_way_is_given(ways):
+    with pytest.raises(ValueError, match="exactly one of model, config and from_teacher"):
+        build_student(LABELS, **ways)
+
+
+# ---- from a config ----
+
+
+def test_from_config_has_the_sizes_and_the_labels():
+    student = build_student(LABELS, config=SMALL)
+    assert isinstance(student, DistilBertForSequenceClassification)
+    assert (student.config.dim, student.config.n_layers, student.config.n_heads) == (24, 2, 3)
+    assert student.config.id2label == dict(enumerate(LABELS))
+    assert student.config.label2id == {label: i for i, label in enumerate(LABELS)}
+    assert student.classifier.out_features == 3
+    assert student.dtype == torch.float32
+
+
+def test_from_config_takes_the_common_names_too_and_overrides():
+    config = {"model_type": "distilbert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    student = build_student(
+        LABELS, config=config | {"vocab_size": 100}, overrides={"attention_dropout": 0.0, "num_hidden_layers": 2}
+    )
+    assert (student.config.dim, student.config.n_layers, student.config.attention_dropout) == (24, 2, 0.0)
+
+
+def test_from_config_follows_the_seed_and_leaves_the_setting_as_it_was():
+    config = dict(SMALL)
+    one, same, other = (seeded(seed, lambda: build_student(LABELS, config=config)) for seed in (0, 0, 1))
+    assert torch.equal(one.classifier.weight, same.classifier.weight)
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+    assert config == SMALL
+
+
+def test_from_config_for_several_labels_of_a_row():
+    student = build_student(LABELS, config=SMALL, overrides={"problem_type": "multi_label_classification"})
+    assert student.config.problem_type == "multi_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hiden_size": 24}, "config: distilbert does not know hiden_size"),
+        ({"dropuot": 0.1, "a": 1}, "does not know a, dropuot"),
+        ({"model_type": "distilbertt"}, "must name a Transformers model, e.g. \"distilbert\", got 'distilbertt'"),
+        ({"model_type": None}, "config.model_type must name a Transformers model, .* got None"),
+        ({"n_heads": 5}, "24|5"),
+    ],
+)
+def test_from_config_refuses_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_student(LABELS, config=SMALL | changes)
+
+
+# ---- from a checkpoint ----
+
+
+def test_from_a_checkpoint_keeps_the_body_and_makes_a_head(tmp_path):
+    make_student(**label_config(("no", "yes"))).save_pretrained(tmp_path)
+    student = build_student(LABELS, model=str(tmp_path))
+    source = DistilBertForSequenceClassification.from_pretrained(tmp_path)
+    assert student.classifier.out_features == 3
+    assert student.config.id2label == dict(enumerate(LABELS))
+    body, theirs = parameters_of(student.distilbert), parameters_of(source.distilbert)
+    assert all(torch.equal(body[name], theirs[name]) for name in theirs)
+
+
+def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
+    make_student().half().save_pretrained(tmp_path)
+    assert build_student(LABELS, model=str(tmp_path)).dtype == torch.float32
+
+
+# ---- from the teacher ----
+
+
+def make_bert(**changes):
+    return seeded(1, lambda: BertForSequenceClassification(bert_config(**changes))).eval()
+
+
+def test_distilbert_with_all_blocks_has_the_hidden_states_of_the_bert():
+    """The token-type embedding of segment 0 stands in the position embeddings."""
+    teacher = make_bert()
+    student = build_student(LABELS, from_teacher={"layers": 4}, teacher=teacher)
+    assert isinstance(student, DistilBertForSequenceClassification)
+    segment = teacher.bert.embeddings.token_type_embeddings.weight[0]
+    assert segment.abs().max() > 0.1
+    expected, real = hidden_states(teacher)
+    found, _ = hidden_states(student)
+    assert len(found) == len(expected) == 5
+    for layer in range(5):
+        torch.testing.assert_close(found[layer][real], expected[layer][real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "same"])
+def test_the_first_block_of_a_shallow_student_is_the_teachers(architecture):
+    teacher = make_bert()
+    student = build_student(
+        LABELS, from_teacher={"layers": 2, "select": "first", "architecture": architecture}, teacher=teacher
+    )
+    expected, real = hidden_states(teacher)
+    found, _ = hidden_states(student)
+    for layer in (0, 1, 2):
+        torch.testing.assert_close(found[layer][real], expected[layer][real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("select", "layers", "blocks"),
+    [
+        ("uniform", 3, [2, 4, 6]),
+        ("uniform", 1, [6]),
+        ("uniform", 6, [1, 2, 3, 4, 5, 6]),
+        ("first", 2, [1, 2]),
+        ("last", 2, [5, 6]),
+        ([1, 6], 2, [1, 6]),
+        ((3, 3, 1), 3, [3, 3, 1]),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["distilbert", "same"])
+def test_takes_the_blocks_asked_for(select, layers, blocks, architecture):
+    assert select_layers(select, layers, 6) == blocks
+    teacher = make_bert(**SIX_LAYERS)
+    student = build_student(
+        LABELS, from_teacher={"layers": layers, "select": select, "architecture": architecture}, teacher=teacher
+    )
+    assert student.config.num_hidden_layers == layers
+    for new, block in enumerate(blocks):
+        theirs = teacher.bert.encoder.layer[block - 1]
+        if architecture == "distilbert":
+            ours = student.distilbert.transformer.layer[new]
+            pairs = [
+                (ours.attention.q_lin, theirs.attention.self.query),
+                (ours.attention.k_lin, theirs.attention.self.key),
+                (ours.attention.v_lin, theirs.attention.self.value),
+                (ours.attention.out_lin, theirs.attention.output.dense),
+                (ours.sa_layer_norm, theirs.attention.output.LayerNorm),
+                (ours.ffn.lin1, theirs.intermediate.dense),
+                (ours.ffn.lin2, theirs.output.dense),
+                (ours.output_layer_norm, theirs.output.LayerNorm),
+            ]
+        else:
+            pairs = [(student.bert.encoder.layer[new], theirs)]
+        for mine, source in pairs:
+            assert all(
+                torch.equal(a, b) for a, b in zip(mine.state_dict().values(), source.state_dict().values(), strict=True)
+            )
+
+
+def test_same_architecture_with_all_blocks_is_the_teacher_but_for_the_head():
+    teacher = make_bert()
+    student = build_student(LABELS, from_teacher={"layers": 4, "architecture": "same"}, teacher=teacher)
+    assert isinstance(student, BertForSequenceClassification)
+    theirs = parameters_of(teacher.bert)
+    assert parameters_of(student.bert).keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in parameters_of(student.bert).items())
+    assert not torch.equal(student.classifier.weight, teacher.classifier.weight)
+
+
+def test_same_architecture_serves_roberta():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40}
+    config = RobertaConfig(vocab_size=100, num_hidden_layers=4, pad_token_id=0, **sizes, **label_config())
+    teacher = RobertaForSequenceClassification(config).eval()
+    student = build_student(LABELS, from_teacher={"layers": 2, "architecture": "same"}, teacher=teacher)
+    assert isinstance(student, RobertaForSequenceClassification)
+    for new, block in enumerate((1, 3)):
+        mine, theirs = student.roberta.encoder.layer[new], teacher.roberta.encoder.layer[block]
+        assert torch.equal(mine.output.dense.weight, theirs.output.dense.weight)
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "same"])
+def test_student_and_teacher_share_no_memory(architecture):
+    teacher = make_bert()
+    before = parameters_of(teacher)
+    student = build_student(LABELS, from_teacher={"layers": 2, "architecture": architecture}, teacher=teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parameters_of(teacher).items())
+    assert teacher.config.num_hidden_layers == 4
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "same"])
+def test_a_frozen_half_precision_teacher_on_capturing_attention_gives_a_plain_float32_student(architecture):
+    teacher = make_bert().to(torch.bfloat16).requires_grad_(False)
+    teacher.config.dtype = torch.bfloat16
+    enable_attention_capture(teacher)
+    student = build_student(LABELS, from_teacher={"layers": 2, "architecture": architecture}, teacher=teacher)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert student.config._attn_implementation == "sdpa"
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "same"])
+def test_settings_of_the_student_win_over_the_teachers(architecture):
+    names = ("bad", "good")
+    student = build_student(
+        names,
+        from_teacher={"layers": 2, "architecture": architecture},
+        teacher=make_bert(),
+        overrides={"initializer_range": 0.5},
+    )
+    assert student.config.id2label == {0: "bad", 1: "good"}
+    assert student.config.num_labels == 2
+    assert student.classifier.out_features == 2
+    assert student.config.initializer_range == 0.5
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "same"])
+def test_reloading_gives_the_same_logits(architecture, tmp_path):
+    student = build_student(LABELS, from_teacher={"layers": 2, "architecture": architecture}, teacher=make_bert())
+    student.eval().save_pretrained(tmp_path)
+    reloaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    inputs = {name: make_batch()[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded.eval()(**inputs).logits, student(**inputs).logits, rtol=0, atol=1e-7)
+    assert reloaded.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": 0}, r"from_teacher.layers must be in 1\.\.4 \(the teacher's depth\), got 0"),
+        ({"layers": 5}, r"must be in 1\.\.4 .* got 5"),
+        ({"layers": 2, "select": "middle"}, "select must be uniform, first, last or a list, got 'middle'"),
+        ({"layers": 2, "select": [1]}, r"must name 2 blocks in 1\.\.4, got \[1\]"),
+        ({"layers": 2, "select": [0, 4]}, r"must name 2 blocks in 1\.\.4, got \[0, 4\]"),
+        ({"layers": 2, "architecture": "tiny"}, "architecture must be distilbert or same, got 'tiny'"),
+    ],
+)
+def test_from_teacher_refuses_what_does_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_student(LABELS, from_teacher=settings, teacher=make_bert())
+
+
+def test_from_teacher_needs_a_teacher_of_a_known_kind():
+    with pytest.raises(ValueError, match="from_teacher needs the teacher's model"):
+        build_student(LABELS, from_teacher={"layers": 2})
+    distilbert = DistilBertForSequenceClassification(distilbert_config())
+    with pytest.raises(ValueError, match='needs a BERT teacher, this is distilbert: use architecture "same"'):
+        build_student(LABELS, from_teacher={"layers": 1}, teacher=distilbert)
+    student = build_student(LABELS, from_teacher={"layers": 1, "architecture": "same"}, teacher=distilbert)
+    assert student.config.n_layers == 1
