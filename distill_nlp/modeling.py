@@ -127,7 +127,9 @@ class DistillationModel(nn.Module):
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_reentrant(*args, *kwargs.values())
-        self.student.activation_checkpointing_enable(*args, **kwargs)
+        # Transformers before the renaming have the old name only.
+        enable = getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)
+        enable(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_reentrant(*args, *kwargs.values())

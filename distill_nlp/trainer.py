@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import load_sharded_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -88,6 +88,8 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"losses {', '.join(needing)} need a teacher; pass teacher=")
         if objective.needs_teacher and not set(model.parameters()).isdisjoint(teacher.parameters()):
             raise ValueError("the student and the teacher share parameters, which would be frozen; pass a copy of one")
+        # The Trainer seeds itself only later; the projections are drawn here.
+        set_seed(args.seed)
         wrapped = DistillationModel(model, objective, teacher.config if objective.needs_teacher else None)
         # Before the Trainer looks at the columns of the data: the teacher's inputs count as used.
         self.teacher = Teacher(teacher, model.config, objective) if objective.needs_teacher else None

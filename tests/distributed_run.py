@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import make_dataset, make_tokenizer, make_trainer
+from helpers import checkpointing, make_dataset, make_tokenizer, make_trainer
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorWithPadding
 
@@ -20,7 +20,7 @@ SCENARIOS = {
     "accumulated": {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "activation_checkpointing": True,
+        **checkpointing(),
     },
 }
 COMMON = {

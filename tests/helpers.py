@@ -168,6 +168,13 @@ def make_arguments(output_dir, **changes) -> DistillationArguments:
     return DistillationArguments(**(settings | changes))
 
 
+def checkpointing(**settings) -> dict:
+    """Arguments that switch gradient checkpointing on, under the name that this version of Transformers has."""
+    known = DistillationArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True} | ({f"{name}_kwargs": settings} if settings else {})
+
+
 def make_trainer(output_dir, student=None, teacher=None, losses=None, loss_weights=None, data=None, **changes):
     """A trainer of the tiny pair; `changes` go to the arguments, but for the trainer's own names."""
     own = {

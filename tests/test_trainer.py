@@ -10,6 +10,7 @@ from helpers import (
     ALL_WEIGHTS,
     LABELS,
     all_losses,
+    checkpointing,
     largest_difference,
     make_arguments,
     make_batch,
@@ -234,16 +235,16 @@ def test_accumulation_with_gradient_checkpointing_is_the_same(make_trainer):
         "max_grad_norm": 0.0,
     }
     plain = make_trainer("plain", **settings)
-    checkpointed = make_trainer("checkpointed", activation_checkpointing=True, **settings)
+    checkpointed = make_trainer("checkpointed", **checkpointing(), **settings)
     for trainer in (plain, checkpointed):
         trainer.train()
-    assert checkpointed.student.is_activation_checkpointing
-    assert not plain.student.is_activation_checkpointing
+    assert checkpointed.student.is_gradient_checkpointing
+    assert not plain.student.is_gradient_checkpointing
     assert largest_difference(parameters_of(checkpointed.model), parameters_of(plain.model)) < 1e-6
 
 
 def test_reentrant_checkpointing_with_attention_losses_is_refused(make_trainer):
-    trainer = make_trainer(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+    trainer = make_trainer(**checkpointing(use_reentrant=True))
     with pytest.raises(ValueError, match="attention losses need"):
         trainer.train()
 
@@ -479,7 +480,7 @@ def test_bfloat16_autocast_is_finite_and_covers_the_teacher(make_trainer, tmp_pa
     teacher = make_teacher()
     dtypes = set()
     teacher.register_forward_hook(lambda module, args, output: dtypes.add(output.logits.dtype))
-    trainer = make_trainer(teacher=teacher, bf16=True, activation_checkpointing=True)
+    trainer = make_trainer(teacher=teacher, bf16=True, **checkpointing())
     trainer.train()
     assert dtypes == {torch.bfloat16}
     for entry in step_logs(trainer):
@@ -611,3 +612,18 @@ def test_without_a_teacher_it_trains_on_labels(make_trainer, tmp_path):
     assert not (tmp_path / "checkpoint-4" / "objective.safetensors").exists()
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert all(entry["loss"] == pytest.approx(entry["loss_ce"], rel=1e-6) for entry in state["log_history"])
+
+
+def test_the_seed_of_the_arguments_draws_the_projections(tmp_path):
+    def projections(seed: int, noise: int):
+        torch.manual_seed(noise)
+        trainer = DistillationTrainer(
+            model=make_student(),
+            teacher=make_teacher(),
+            losses={"hidden": HiddenStateLoss()},
+            args=make_arguments(tmp_path, seed=seed),
+        )
+        return parameters_of(trainer.objective)
+
+    assert largest_difference(projections(1, noise=5), projections(1, noise=6)) == 0
+    assert largest_difference(projections(1, noise=5), projections(2, noise=5)) > 0
