@@ -18,10 +18,14 @@ from distill_nlp.errors import DistillError, UsageError
 
 STAGES = ("teacher", "baseline", "student", "report")
 
+_TEACHER_TRAINING = "teacher.training."
+
 _LOSS_HELP = (
-    "Losses are given by name: `--losses.kl.temperature 4`, `--losses.hidden.weight 1`. There are ce "
-    "(label_smoothing, class_weights), kl (temperature), hidden (layers, kind, projection) and attention (layers, "
-    f"kind); each has a weight: {LossSection.model_fields['weight'].description}."
+    "Values are YAML; defaults stand in brackets. Any setting of `training` can be given for the teacher alone, as "
+    "`--teacher.training.learning_rate 2e-5`, and any other argument of Transformers' TrainingArguments as "
+    "`--training.adam_beta2 0.98`. Losses are given by name: `--losses.kl.temperature 4`, `--losses.hidden.weight 1`. "
+    "There are ce (label_smoothing, class_weights), kl (temperature), hidden (layers, kind, projection) and attention "
+    f"(layers, kind); each has a weight: {LossSection.model_fields['weight'].description}."
 )
 
 
@@ -68,16 +72,22 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs the stages of an experiment: fine-tunes the teacher (unless it is finished), trains the "
         "student plainly and distilled, and reports. A finished stage is not done again unless its settings changed; "
         "an interrupted one goes on from its last checkpoint.",
+        usage="distill-nlp run CONFIG [--stages A,B] [--debug] [--SETTING VALUE ...]",
         epilog=_LOSS_HELP,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40),
         allow_abbrev=False,
     )
     run.add_argument("config", metavar="CONFIG", help="YAML file; every setting can be overridden as below")
     run.add_argument("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
     run.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
-    settings = run.add_argument_group("settings (defaults in brackets)")
+    groups: dict[str, Any] = {}
     for name, field in leaves():
-        if name != "losses":
-            settings.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=_help(field))
+        section = name.partition(".")[0] if "." in name else "the experiment"
+        if name == "losses" or name.startswith(_TEACHER_TRAINING):
+            continue
+        if section not in groups:
+            groups[section] = run.add_argument_group(section)
+        groups[section].add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=_help(field))
     run.set_defaults(function=_run)
 
     predict = commands.add_parser(

@@ -260,8 +260,11 @@ def test_help_explains_every_setting(capsys):
         main(["run", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    missing = [name for name, _ in leaves() if name != "losses" and f"--{name}" not in text]
+    listed = [name for name, _ in leaves() if name != "losses" and not name.startswith("teacher.training.")]
+    missing = [name for name in listed if f"--{name}" not in text]
     assert not missing
+    assert "--losses.kl.temperature 4" in text
+    assert "--teacher.training.learning_rate" in text
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0
