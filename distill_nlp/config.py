@@ -39,7 +39,7 @@ class DataSection(Section):
     validation_split: str | None = Field(None, description="split that picks the best checkpoint; else it is carved")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="part of train to carve where there is no split")
     test_split: str = Field("test", description="split that the report reads, once")
-    unlabeled: str | None = Field(None, description="split whose texts are distilled without labels")
+    unlabeled: str | None = Field(None, description="split, or a file, whose texts are distilled without labels")
     text_column: str = Field("text", description="column of the text")
     text_pair_column: str | None = Field(None, description="column of a second text, for pairs")
     label_column: str = Field("label", description="column of the label: integers from 0, or strings")
@@ -53,6 +53,7 @@ class DataSection(Section):
     max_length: int = Field(256, ge=8, le=100_000, description="longest input in tokens; the rest is cut off")
     truncation_side: Literal["right", "left"] = Field("right", description="the end of a long text that is cut off")
     max_train_samples: int | None = Field(None, ge=2, description="use only so many training rows")
+    max_unlabeled_samples: int | None = Field(None, ge=1, description="use only so many unlabeled rows")
     max_test_samples: int | None = Field(None, ge=2, description="use only so many test rows")
     seed: int = Field(0, ge=0, description="of generated data and of carved and sampled rows")
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from distill_nlp.config import SYNTHETIC, DataSection
@@ -67,7 +68,11 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
     test = _sample(test, config.max_test_samples, config.seed)
     unlabeled = None
     if config.unlabeled is not None:
-        raw = _columns(load(config.unlabeled), config, config.unlabeled, labeled=False)
+        # A file of its own: unlabelled texts seldom lie with the labelled ones.
+        is_file = Path(config.unlabeled).expanduser().is_file()
+        pool = load_split(config.unlabeled, "train") if is_file else load(config.unlabeled)
+        raw = _columns(pool, config, config.unlabeled, labeled=False)
+        raw = _sample(raw, config.max_unlabeled_samples, config.seed)
         unlabeled = _without_held_out(raw, [validation, test], notes)
     _check_classes(train, config.train_split, names)
     return Splits(train, validation, test, names, teacher_train or train, unlabeled, notes)

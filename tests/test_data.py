@@ -80,6 +80,12 @@ def test_unlabeled_rows_that_stand_in_held_out_splits_are_dropped_and_counted(tm
     assert splits.unlabeled["text"] == ["w90", "w91"]
     assert splits.unlabeled["labels"] == [-100, -100]
     assert any("1 unlabeled rows dropped" in note for note in splits.notes)
+    # The same pool as a file that lies elsewhere, and only a part of it.
+    elsewhere = tmp_path / "elsewhere.txt"
+    elsewhere.write_text("\n".join(pool["text"]), encoding="utf-8")
+    changes = {"validation_split": "validation", "unlabeled": str(elsewhere)}
+    assert load_splits(section(tmp_path, **changes)).unlabeled["text"] == ["w90", "w91"]
+    assert len(load_splits(section(tmp_path, **changes, max_unlabeled_samples=1)).unlabeled) <= 1
 
 
 @pytest.mark.parametrize(
