@@ -179,6 +179,50 @@ def test_a_finished_teacher_is_not_trained_and_gives_the_label_names(experiment,
     assert saved["id2label"] == {"0": "bad", "1": "good"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_runs_under_a_launcher_on_one_rank_and_on_two(experiment, tmp_path, ranks):
+    """`accelerate launch --cpu --num_processes 2` would start one process only; torchrun starts two on gloo."""
+    module = ["-m", "distill_nlp", "run", str(experiment())]
+    if ranks == 1:
+        launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *module],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("gap closed") == 1
+    assert done.stderr.count("labels bad, good") == 1
+    for name in ("teacher", "baseline/seed-0", "student/seed-0"):
+        record = json.loads((tmp_path / "run" / name / "stage.json").read_text())
+        assert record["fingerprint"]["processes"] == ranks
+    from transformers import AutoModelForSequenceClassification
+
+    student = tmp_path / "run" / "student" / "seed-0"
+    _, info = AutoModelForSequenceClassification.from_pretrained(student, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+@pytest.mark.slow
+def test_the_quickstart_goes_through_in_a_small_size(tmp_path, capsys):
+    steps = ["--training.max_steps", "2", "--training.eval_steps", "2", "--teacher.training.max_steps", "2"]
+    steps += ["--teacher.training.eval_steps", "2", "--seeds", "0", "--data.max_test_samples", "50"]
+    assert main(["run", str(ROOT / "configs" / "quickstart.yaml"), "--output_dir", str(tmp_path / "run"), *steps]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["label_names"] == ["negative", "positive"]
+    assert (
+        report["run"]["stages"]["baseline/seed-0"]["steps"] == report["run"]["stages"]["student/seed-0"]["steps"] == 2
+    )
+
+
 REFUSED = {
     "no config": ({}, ["absent.yaml"], "no config file absent.yaml"),
     "missing data": ({"data__dataset": "./nowhere"}, [], "data.dataset: no file or folder ./nowhere"),
