@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import types
 import typing
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from pydantic.fields import FieldInfo
 
 import distill_nlp
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return known.function(known, rest)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        hint = "; the same command goes on from the last checkpoint" if known.command == "run" else ""
+        print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has gone; nothing is left to be flushed to it at exit.
@@ -54,8 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             text = " ".join(str(error).split())
             message, code = f"{type(error).__name__}: {text} (--debug shows the traceback)", 1
+        # What is wrong with the settings is the same on all ranks; what fails may fail on one.
         if _is_main_rank():
             print(f"error: {message}", file=sys.stderr)
+        elif not isinstance(error, UsageError):
+            print(f"error (rank {os.environ['RANK']}): {message}", file=sys.stderr)
         return code
 
 
@@ -114,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
     stages = _stages(known.stages)
     fields = dict(leaves())
-    overrides = {name: _value(getattr(known, name), field) for name, field in fields.items() if hasattr(known, name)}
+    given = vars(known)
+    overrides = {name: _value(given[name], name, field) for name, field in fields.items() if name in given}
     overrides |= _dotted(rest)
     experiment = load_experiment(known.config, overrides)
     _quiet(known.debug)
@@ -133,6 +140,9 @@ def _predict(known: argparse.Namespace, rest: list[str]) -> int:
     _quiet(known.debug)
     from distill_nlp.prediction import predict, read_texts
 
+    # A text may hold letters that the terminal's encoding lacks; that must not end a long run.
+    sys.stdout.reconfigure(errors="backslashreplace")
+
     for line in predict(
         known.model,
         read_texts(known.texts, known.text_column),
@@ -149,8 +159,9 @@ def _stages(text: str | None) -> tuple[str, ...]:
     if text is None:
         return STAGES
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in STAGES]:
-        raise UsageError(f"--stages: unknown {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    unknown = [name for name in names if name not in STAGES]
+    if unknown or not names:
+        raise UsageError(f"--stages: unknown {', '.join(unknown) or repr(text)}; there are {', '.join(STAGES)}")
     return tuple(name for name in STAGES if name in names)
 
 
@@ -166,18 +177,28 @@ def _dotted(rest: list[str]) -> dict[str, Any]:
             value = next(words, "")
             if not value or value.startswith("--"):
                 raise UsageError(f"{word} needs a value")
-        overrides[name] = read_yaml(value)
+        overrides[name] = _yaml(value, name)
     return overrides
 
 
-def _value(text: str, field: FieldInfo) -> Any:
-    """A setting's value as YAML; `0,1,2` for a list."""
-    value = read_yaml(text)
-    if "list" in str(field.annotation) and not isinstance(value, list) and value is not None:
-        if isinstance(value, str) and "," in value:
-            return [read_yaml(part) for part in value.split(",")]
-        return [value] if typing.get_origin(field.annotation) is list else value
-    return value
+def _yaml(text: str, name: str) -> Any:
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--{name}: {text!r} is not valid YAML; quote it") from None
+
+
+def _value(text: str, name: str, field: FieldInfo) -> Any:
+    """A setting's value: text as it stands where text is meant, else YAML; `0,1,2` for a list."""
+    is_union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
+    kinds = set(typing.get_args(field.annotation) if is_union else (field.annotation,)) - {type(None)}
+    if kinds == {str} or typing.get_origin(field.annotation) is typing.Literal:
+        return None if text == "null" and type(None) in typing.get_args(field.annotation) else text
+    of_text = list[str] in kinds
+    if "list" in str(field.annotation) and not text.lstrip().startswith("[") and "," in text:
+        return [part.strip() if of_text else _yaml(part, name) for part in text.split(",")]
+    value = _yaml(text, name)
+    return [value] if field.annotation == list[int] and isinstance(value, int) else value
 
 
 def _help(field: FieldInfo) -> str:

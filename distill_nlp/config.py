@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 SYNTHETIC = "synthetic"
 TRAIN_TOKENIZER = "train"
@@ -23,7 +24,7 @@ def did_you_mean(name: str, known: Any) -> str:
 class Section(BaseModel):
     """A block of settings; a name that it does not know is refused."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class DataSection(Section):
@@ -61,11 +62,11 @@ class DataSection(Section):
 class TrainingSection(BaseModel):
     """Arguments of `transformers.TrainingArguments` under their own names; others than these are taken as well."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), allow_inf_nan=False)
 
     learning_rate: float = Field(5e-5, gt=0, lt=10, description="peak learning rate")
     num_train_epochs: float = Field(3.0, gt=0, description="passes over the training rows")
-    max_steps: int = Field(-1, ge=-1, description="optimizer steps, instead of epochs; -1: by epochs")
+    max_steps: int = Field(-1, description="optimizer steps, instead of epochs; -1: by epochs")
     per_device_train_batch_size: int = Field(16, ge=1, description="rows of one forward pass on one device")
     per_device_eval_batch_size: int = Field(64, ge=1, description="rows of one forward pass in evaluation")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes per optimizer step")
@@ -91,11 +92,31 @@ class TrainingSection(BaseModel):
     report_to: str | list[str] = Field("none", description="trackers: tensorboard, wandb, trackio, ...")
     use_cpu: bool = Field(False, description="stay on the CPU although there is an accelerator")
 
-    @model_validator(mode="before")
+    @field_validator("max_steps")
     @classmethod
-    def _known_names(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
+    def _no_zero_steps(cls, steps: int) -> int:
+        if steps != -1 and steps < 1:
+            raise ValueError(f"must be at least 1, or -1 to go by epochs, got {steps}")
+        return steps
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _all_mistakes(cls, values: Any, handler: Any) -> Any:
+        """Names and types of the arguments that are not listed here, together with what is wrong with the others."""
+        mistakes = cls._mistakes(values) if isinstance(values, dict) else []
+        try:
+            section = handler(values)
+        except ValidationError as error:
+            known = [
+                InitErrorDetails(**{k: e[k] for k in ("type", "loc", "input", "ctx") if k in e}) for e in error.errors()
+            ]
+            raise ValidationError.from_exception_data(cls.__name__, [*known, *mistakes]) from None
+        if mistakes:
+            raise ValidationError.from_exception_data(cls.__name__, mistakes)
+        return section
+
+    @classmethod
+    def _mistakes(cls, values: dict[str, Any]) -> list[InitErrorDetails]:
         managed = {
             "output_dir": "set `output_dir` at the top",
             "seed": "set `seeds` at the top",
@@ -106,17 +127,39 @@ class TrainingSection(BaseModel):
             "push_to_hub": "push the finished student, see the README",
             "remove_unused_columns": "the trainer decides it",
         }
-        extra = {str(name) for name in values} - cls.model_fields.keys()
-        for name in sorted(extra & managed.keys()):
-            raise ValueError(f"{name} is not set here: {managed[name]}")
-        if extra:
-            from dataclasses import fields
+        mistakes = []
+        if values.get("eval_strategy") == "steps" and values.get("eval_steps") is None:
+            mistakes.append(_mistake("eval_steps", None, 'is needed with eval_strategy "steps"'))
+        extra = {str(name): value for name, value in values.items() if name not in cls.model_fields}
+        if not extra:
+            return mistakes
+        from distill_nlp.arguments import DistillationArguments
 
-            from distill_nlp.arguments import DistillationArguments
+        fields = DistillationArguments.__dataclass_fields__
+        for name, value in extra.items():
+            if name in managed:
+                mistakes.append(_mistake(name, value, f"is not set here: {managed[name]}"))
+            elif name not in fields:
+                mistakes.append(_mistake(name, value, f"unknown setting{did_you_mean(name, cls.model_fields)}"))
+            elif not _same_kind(value, fields[name].default):
+                kind = "true or false" if isinstance(fields[name].default, bool) else "a number"
+                mistakes.append(_mistake(name, value, f"must be {kind}, got {value!r}"))
+        return mistakes
 
-            if unknown := sorted(extra - {f.name for f in fields(DistillationArguments)}):
-                raise ValueError(f"unknown: {', '.join(unknown)}{did_you_mean(unknown[0], cls.model_fields)}")
-        return values
+
+def _mistake(name: str, value: Any, message: str) -> InitErrorDetails:
+    # A template in braces would be filled in; the message is final.
+    escaped = message.replace("{", "{{").replace("}", "}}")
+    return InitErrorDetails(type=PydanticCustomError("value_error", escaped), loc=(name,), input=value)
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    """Whether a value can stand where a number or a truth value is the default; other defaults tell nothing."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return True
 
 
 class TeacherSection(Section):
@@ -126,6 +169,7 @@ class TeacherSection(Section):
     revision: str | None = Field(None, description="commit, tag or branch of the model on the Hub")
     config: dict[str, Any] | None = Field(None, description="instead of model: {model_type: bert, ...}, from scratch")
     overrides: dict[str, Any] = Field({}, description="settings of the model's config to change")
+    seed: int = Field(0, ge=0, lt=2**32, description="of its training; the students have `seeds`")
     finetune: Literal["auto", "always", "never"] = Field(
         "auto", description="auto: unless it is a classifier for these labels already"
     )
@@ -212,15 +256,19 @@ class Experiment(Section):
         from distill_nlp.losses import LOSSES
         from distill_nlp.objective import DistillationObjective
 
-        built = {}
+        built, mistakes = {}, []
         for name, section in losses.items():
             if name not in LOSSES:
-                raise ValueError(f"unknown loss {name!r}; there are {', '.join(LOSSES)}{did_you_mean(name, LOSSES)}")
+                known = f"unknown loss; there are {', '.join(LOSSES)}{did_you_mean(name, LOSSES)}"
+                mistakes.append(_mistake(name, name, known))
+                continue
             try:
                 built[name] = LOSSES[name](**section.arguments())
             except (ValueError, TypeError) as error:
                 message = str(error).replace(f"{LOSSES[name].__name__}.__init__() got an unexpected", "unknown")
-                raise ValueError(f"{name}: {message}") from None
+                mistakes.append(_mistake(name, section, message))
+        if mistakes:
+            raise ValidationError.from_exception_data(cls.__name__, mistakes)
         DistillationObjective(built, {name: section.weight for name, section in losses.items()})
         return losses
 

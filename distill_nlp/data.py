@@ -65,6 +65,11 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
         train, validation = _carve(train, len(names), config.validation_fraction, config.seed)
         notes.append(f"{len(validation)} validation rows carved from {config.train_split}, {len(train)} left")
     train = _sample(train, config.max_train_samples, config.seed)
+    if shared := len(_rows(train) & _rows(test)):
+        notes.append(f"{shared} texts of {config.train_split} stand in {config.test_split} too")
+    if teacher_train is not None:
+        teacher_train = _without_held_out(teacher_train, [validation, test], notes, teacher_train_split or "")
+        _check_classes(teacher_train, teacher_train_split or "", names)
     test = _sample(test, config.max_test_samples, config.seed)
     unlabeled = None
     if config.unlabeled is not None:
@@ -73,7 +78,8 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
         pool = load_split(config.unlabeled, "train") if is_file else load(config.unlabeled)
         raw = _columns(pool, config, config.unlabeled, labeled=False)
         raw = _sample(raw, config.max_unlabeled_samples, config.seed)
-        unlabeled = _without_held_out(raw, [validation, test], notes)
+        unlabeled = _without_held_out(raw, [validation, test], notes, "unlabeled")
+        unlabeled = unlabeled.add_column("labels", [IGNORE_INDEX] * len(unlabeled))
     _check_classes(train, config.train_split, names)
     return Splits(train, validation, test, names, teacher_train or train, unlabeled, notes)
 
@@ -142,6 +148,12 @@ def _label_names(train: Any, config: DataSection) -> list[str]:
     if all(isinstance(v, str) for v in values):
         return sorted(values)
     if all(isinstance(v, int) and not isinstance(v, bool) for v in values) and min(values) >= 0:
+        missing = sorted(set(range(max(values) + 1)) - values)
+        if missing and len(values) > 1:
+            raise UsageError(
+                f"data: the labels of {config.train_split} are {sorted(values)[:20]}, and no row has {missing[0]}; "
+                "number them from 0 without gaps, or set data.label_names"
+            )
         return [f"LABEL_{i}" for i in range(max(values) + 1)]
     if all(isinstance(v, bool) for v in values):
         return ["false", "true"]
@@ -208,14 +220,21 @@ def _sample(dataset: Any, size: int | None, seed: int) -> Any:
     return dataset.shuffle(seed=seed).select(range(size))
 
 
-def _without_held_out(raw: Any, held_out: Sequence[Any], notes: list[str]) -> Any:
-    """Unlabelled rows without those that validation or test hold: a student must not have seen them."""
+def _rows(dataset: Any) -> set[tuple[str, ...]]:
+    """The texts of a split, pairs as pairs."""
+    return set(zip(*(dataset[c] for c in ("text", "text_pair") if c in dataset.column_names), strict=True))
+
+
+def _without_held_out(raw: Any, held_out: Sequence[Any], notes: list[str], name: str) -> Any:
+    """Rows without those that validation or test hold: neither teacher nor student may have seen them."""
+    held = set().union(*(_rows(part) for part in held_out))
     columns = [c for c in ("text", "text_pair") if c in raw.column_names]
-    held = {row for part in held_out for row in zip(*(part[c] for c in columns), strict=True)}
     keep = [i for i, row in enumerate(zip(*(raw[c] for c in columns), strict=True)) if row not in held]
     if dropped := len(raw) - len(keep):
-        notes.append(f"{dropped} unlabeled rows dropped: their texts stand in validation or test")
-    return raw.select(keep).add_column("labels", [IGNORE_INDEX] * len(keep))
+        notes.append(f"{dropped} {name} rows dropped: their texts stand in validation or test")
+    if not keep:
+        raise UsageError(f"data: all {name} rows stand in validation or test; none is left")
+    return raw.select(keep)
 
 
 def content_hash(dataset: Any) -> str:

@@ -11,8 +11,9 @@ from distill_nlp.errors import DistillError, UsageError
 
 # Ending -> loader of the datasets library with its arguments.
 _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    # Without pandas' own list of words for "missing": a review may say "None" or "N/A".
+    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
+    ".tsv": ("csv", {"sep": "\t", "keep_default_na": False, "na_values": [""]}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),

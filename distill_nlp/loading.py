@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,11 @@ def is_classifier(config: Any) -> bool:
 
 def load_classifier(name: str, revision: str | None = None, **settings: Any) -> PreTrainedModel:
     """A classifier in float32; a head that is missing in the checkpoint, or of another size, is drawn at random."""
+    if settings:
+        try:
+            check_settings(load_config(name, revision), settings, "overrides")
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from None
     with _one_line(name):
         # Without dtype, Transformers 5 takes the checkpoint's: a float16 file would be trained in float16.
         return AutoModelForSequenceClassification.from_pretrained(
@@ -51,6 +57,33 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint."""
     with _one_line(name):
         return AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def check_settings(config: Any, settings: dict[str, Any], where: str) -> None:
+    """Refuses names that a config does not have: Transformers keeps them as attributes that nothing reads.
+
+    Raises:
+        ValueError: an unknown name, such as `hiden_size`.
+    """
+    allowed = {*config.to_dict(), *config.attribute_map, "num_labels", "problem_type"}
+    if unknown := sorted(settings.keys() - allowed):
+        raise ValueError(f"{where}: {config.model_type} does not know {', '.join(unknown)}")
+
+
+def checkpoint_print(name: str | None, revision: str | None = None) -> dict[str, Any] | None:
+    """What tells one checkpoint from another: the content of a local folder, the name and revision on the Hub."""
+    if name is None:
+        return None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return {"name": name, "revision": revision}
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                while chunk := stream.read(1 << 22):
+                    digest.update(chunk)
+    return {"content": digest.hexdigest()[:16]}
 
 
 @contextmanager

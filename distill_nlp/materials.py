@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from functools import cached_property
@@ -14,6 +15,8 @@ from distill_nlp.config import TRAIN_TOKENIZER, Experiment
 from distill_nlp.data import Splits, content_hash, load_splits, tokenize
 from distill_nlp.errors import UsageError
 from distill_nlp.loading import is_classifier, load_backbone, load_classifier, load_config, load_tokenizer
+from distill_nlp.losses import LOSSES, ModelShape
+from distill_nlp.objective import DistillationObjective
 from distill_nlp.stages import Fingerprint
 from distill_nlp.student import build_student, label_arguments, model_from_config
 from distill_nlp.teacher import label_order
@@ -160,6 +163,35 @@ class Materials:
             )
         except (ValueError, TypeError) as error:
             raise UsageError(f"student.{error}") from error
+
+    def check_student(self) -> None:
+        """Builds the student and sizes the losses once before any training, which would be lost on a mistake there.
+
+        Raises:
+            UsageError: the student cannot be built, or the losses do not fit the two models.
+        """
+        settings = self.experiment.teacher
+        if settings.model is not None:
+            teacher = load_config(settings.model, settings.revision)
+        else:
+            teacher = self.new_teacher().config
+        student = self.new_student()
+        length = self.experiment.data.max_length
+        for role, config in (("teacher", teacher), ("student", student.config)):
+            longest = getattr(config, "max_position_embeddings", None)
+            if longest is not None and longest < length:
+                raise UsageError(f"data.max_length is {length}, but the {role} reads at most {longest} tokens")
+        teacher = copy.copy(teacher)
+        teacher.id2label = student.config.id2label
+        sections = self.experiment.losses
+        objective = DistillationObjective(
+            {name: LOSSES[name](**section.arguments()) for name, section in sections.items()},
+            {name: section.weight for name, section in sections.items()},
+        )
+        try:
+            objective.bind(ModelShape.from_config(student.config), ModelShape.from_config(teacher))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     def _sized(self, config: dict[str, Any]) -> dict[str, Any]:
         """A config from scratch, over this tokenizer's vocabulary."""

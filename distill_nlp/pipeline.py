@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import concatenate_datasets
 from transformers import PreTrainedModel, set_seed
 
 from distill_nlp.config import Experiment
 from distill_nlp.data import content_hash
 from distill_nlp.errors import UsageError
+from distill_nlp.fingerprints import Fingerprints, plain
 from distill_nlp.loading import load_classifier
 from distill_nlp.losses import LOSSES, CrossEntropyLoss, DistillationLoss
 from distill_nlp.materials import Materials
-from distill_nlp.report import build_report, write_report
-from distill_nlp.stage_training import Say, TrainingJob, effective, same_budget, training_arguments, versions
-from distill_nlp.stages import Fingerprint, StageFolder, write_json
+from distill_nlp.report import REPORT_FILE, build_report, write_report
+from distill_nlp.stage_training import Say, TrainingJob, same_budget, training_arguments, versions
+from distill_nlp.stages import Fingerprint, StageFolder, read_json, write_json
 
 STAGES = ("teacher", "baseline", "student", "report")
 CONFIG_FILE = "config.json"
@@ -42,9 +42,10 @@ class Pipeline:
 
     def __init__(self, experiment: Experiment, say: Say = lambda line: None) -> None:
         self.experiment = experiment
-        self.root = Path(experiment.output_dir)
+        self.root = Path(experiment.output_dir).expanduser()
         self.state = PartialState(cpu=experiment.training.use_cpu)
         self.materials = Materials(experiment)
+        self.prints = Fingerprints(experiment, self.materials)
         self._say = say
         # What TrainingArguments refuse is refused before anything is loaded.
         for section, where in ((experiment.training, "training"), (experiment.teacher_training(), "teacher.training")):
@@ -56,6 +57,8 @@ class Pipeline:
     def run(self, stages: Sequence[str] = STAGES) -> dict[str, Any] | None:
         """Runs the stages named, in their order; gives the report, if it is among them, on the main rank."""
         self._check_materials()
+        if "baseline" in stages or "student" in stages:
+            self.materials.check_student()
         if self.state.is_main_process:
             write_json(self.root / CONFIG_FILE, self.experiment.model_dump(mode="json", exclude_unset=True))
         if "teacher" in stages:
@@ -90,8 +93,8 @@ class Pipeline:
 
     def _is_done(self, folder: StageFolder, fingerprint: Fingerprint, name: str) -> bool:
         """Whether the stage can be left out; says so, and why not where settings changed. The same on all ranks."""
-        changes = folder.changes(fingerprint)
-        self.state.wait_for_everyone()
+        # One rank looks: two could see the folder at different moments, and one train while the other leaves.
+        changes = broadcast_object_list([folder.changes(fingerprint)])[0]
         if changes == []:
             self.say(f"{name:<20} done already: {folder.path}")
             return True
@@ -113,31 +116,29 @@ class Pipeline:
 
     # ---- the teacher ----
 
-    @cached_property
-    def _teacher_print(self) -> Fingerprint:
-        settings = self.experiment.teacher
-        if self.materials.finished_teacher is not None:
-            return _plain({"model": settings.model, "revision": settings.revision})
-        return _plain(
-            {
-                "data": self.materials.data_print | {"train": content_hash(self.materials.splits.teacher_train)},
-                "teacher": settings.model_dump(include={"model", "revision", "config", "overrides"}),
-                "training": effective(self.experiment.teacher_training()),
-                "seed": self.experiment.seeds[0],
-                "processes": self.state.num_processes,
-            }
-        )
-
     @property
     def _teacher_source(self) -> tuple[str, str | None]:
         """Where the fine-tuned teacher lies: folder or Hub id, and revision."""
         settings = self.experiment.teacher
         if self.materials.finished_teacher is not None:
             return settings.model or "", settings.revision
-        folder = StageFolder(self.root / "teacher")
-        if folder.record() is None:
-            raise UsageError(f"there is no finished teacher in {folder.path}; run the stage teacher first")
-        return str(folder.path), None
+        return str(self._finished(self.root / "teacher", self.prints.teacher, "teacher")), None
+
+    def _finished(self, path: Path, fingerprint: Fingerprint, stage: str) -> Path:
+        """The folder of a stage that is finished with just these settings.
+
+        Raises:
+            UsageError: it is not finished, or was made with other settings.
+        """
+        changes = StageFolder(path).changes(fingerprint)
+        if changes is None:
+            raise UsageError(f"there is no finished {stage} in {path}; run the stage {stage} first")
+        if changes:
+            raise UsageError(
+                f"the {stage} in {path} was made with other settings ({'; '.join(changes[:3])}); run the stage {stage} "
+                "again, or go back to its settings"
+            )
+        return path
 
     def _teacher_stage(self) -> None:
         if self.materials.finished_teacher is not None:
@@ -145,14 +146,14 @@ class Pipeline:
             self.say(f"{'teacher':<20} {name} is a classifier for these labels already: not trained")
             return
         folder = StageFolder(self.root / "teacher")
-        if self._is_done(folder, self._teacher_print, "teacher"):
+        if self._is_done(folder, self.prints.teacher, "teacher"):
             return
-        seed = self.experiment.seeds[0]
+        seed = self.experiment.teacher.seed
         set_seed(seed)
         self._job(
             "teacher",
             folder,
-            self._teacher_print,
+            self.prints.teacher,
             model=self.materials.new_teacher(),
             losses={"ce": CrossEntropyLoss()},
             train=self.materials.tokens(self.materials.splits.teacher_train),
@@ -161,26 +162,16 @@ class Pipeline:
 
     # ---- baseline and student ----
 
-    def _common_print(self, seed: int) -> Fingerprint:
-        experiment = self.experiment
-        source = experiment.teacher.model if experiment.student.from_teacher is not None else None
-        return {
-            "data": self.materials.data_print | {"train": content_hash(self.materials.splits.train)},
-            "student": experiment.student.model_dump() | {"layers_of": source},
-            "training": effective(experiment.training),
-            "seed": seed,
-            "processes": self.state.num_processes,
-        }
+    @property
+    def _ce_arguments(self) -> dict[str, Any]:
+        """Settings of the cross-entropy, which the baseline shares with the student; its weight means nothing there."""
+        return self.experiment.losses["ce"].arguments() if "ce" in self.experiment.losses else {}
 
     def _baseline_stage(self, seed: int) -> None:
         """The student's twin: the same initial weights, as many steps, the labels alone."""
         name, folder = f"baseline, seed {seed}", StageFolder(self.root / "baseline" / f"seed-{seed}")
         pool = self.materials.splits.unlabeled
-        ce = self.experiment.losses["ce"].arguments() if "ce" in self.experiment.losses else {}
-        fingerprint = self._common_print(seed)
-        fingerprint["training"].pop("projection_learning_rate")
-        # The size of the pool sets the number of steps.
-        fingerprint = _plain(fingerprint | {"ce": ce, "unlabeled_rows": 0 if pool is None else len(pool)})
+        fingerprint = self.prints.baseline(seed)
         if self._is_done(folder, fingerprint, name):
             return
         set_seed(seed)
@@ -191,21 +182,14 @@ class Pipeline:
         if pool is not None:
             section = same_budget(section, arguments, len(train) + len(pool))
             arguments = training_arguments(section, folder.checkpoints, seed)
-        losses: dict[str, DistillationLoss] = {"ce": CrossEntropyLoss(**ce)}
+        losses: dict[str, DistillationLoss] = {"ce": CrossEntropyLoss(**self._ce_arguments)}
         self._job(name, folder, fingerprint, model=model, losses=losses, train=train, arguments=arguments).run(self.say)
 
     def _student_stage(self, seed: int) -> None:
         name, folder = f"student, seed {seed}", StageFolder(self.root / "student" / f"seed-{seed}")
         pool = self.materials.splits.unlabeled
         sections = self.experiment.losses
-        fingerprint = _plain(
-            self._common_print(seed)
-            | {
-                "losses": {key: section.model_dump() for key, section in sections.items()},
-                "unlabeled": None if pool is None else content_hash(pool),
-                "teacher": self._teacher_print,
-            }
-        )
+        fingerprint = self.prints.student(seed)
         if self._is_done(folder, fingerprint, name):
             return
         # The same seed at the same point as in the baseline's stage: both start from the same weights.
@@ -232,14 +216,26 @@ class Pipeline:
     # ---- the report ----
 
     def _report_stage(self) -> dict[str, Any]:
-        folders: dict[str, dict[int, Path]] = {"baseline": {}, "student": {}}
-        for kind, by_seed in folders.items():
-            for seed in self.experiment.seeds:
-                folder = StageFolder(self.root / kind / f"seed-{seed}")
-                if folder.record() is None:
-                    raise UsageError(f"no finished {kind} in {folder.path}; run the stage {kind} first")
-                by_seed[seed] = folder.path
+        seeds = self.experiment.seeds
+        prints = {"baseline": self.prints.baseline, "student": self.prints.student}
+        folders = {
+            kind: {seed: self._finished(self.root / kind / f"seed-{seed}", make(seed), kind) for seed in seeds}
+            for kind, make in prints.items()
+        }
         teacher, revision = self._teacher_source
+        # Made of just these models, these rows and these settings, a report is not made again.
+        fingerprint = plain(
+            {
+                "test": content_hash(self.materials.splits.test),
+                "settings": self.experiment.report.model_dump(),
+                "models": {f"{kind}-{seed}": make(seed) for kind, make in prints.items() for seed in seeds},
+                "device": str(self.state.device),
+            }
+        )
+        earlier = read_json(self.root / REPORT_FILE)
+        if earlier is not None and earlier.get("run", {}).get("fingerprint") == fingerprint:
+            self.say(f"{'report':<20} done already: {self.root / 'report.md'}")
+            return earlier
         start = time.monotonic()
         report = build_report(
             teacher=teacher,
@@ -256,6 +252,7 @@ class Pipeline:
             "dataset": self.experiment.data.dataset,
             "stages": self._stage_records(),
             "versions": versions(),
+            "fingerprint": fingerprint,
         }
         write_report(report, self.root)
         self.say(f"{'report':<20} {time.monotonic() - start:.0f} s → {self.root / 'report.md'}")
@@ -269,8 +266,3 @@ class Pipeline:
             if (record := StageFolder(self.root / name).record()) is not None:
                 records[name] = {key: record[key] for key in ("objective", "steps", "seconds")}
         return records
-
-
-def _plain(fingerprint: Fingerprint) -> Fingerprint:
-    """As it will be read back: tuples are lists, keys are strings."""
-    return json.loads(json.dumps(fingerprint))

@@ -27,10 +27,21 @@ def read_texts(arguments: list[str], text_column: str = "text") -> Iterator[str]
         UsageError: a file without that column, without texts in it, or not in UTF-8.
     """
     if arguments == ["-"]:
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        for number, line in enumerate(sys.stdin.buffer, start=1):
+            try:
+                yield line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise UsageError(f"line {number} of stdin is not UTF-8") from None
         return
-    path = Path(arguments[0]).expanduser()
-    if len(arguments) > 1 or len(arguments[0]) > 1000 or not path.is_file():
+    for argument in arguments:
+        path = Path(argument).expanduser()
+        # A name that was meant as a file must not be classified as a text.
+        looks_like_file = path.suffix in {*_COLUMN_FILES, ".txt"} and not any(c.isspace() for c in argument)
+        exists = len(argument) < 1000 and path.exists()
+        if (exists or looks_like_file) and not (len(arguments) == 1 and exists and path.is_file()):
+            problem = "there is no such file" if not exists else "give one file, or texts"
+            raise UsageError(f"cannot read texts from {argument}: {problem}")
+    if len(arguments) > 1 or not exists:
         yield from arguments
         return
     if path.suffix not in _COLUMN_FILES:

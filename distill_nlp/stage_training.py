@@ -28,7 +28,17 @@ from distill_nlp.trainer import DistillationTrainer
 Say = Callable[[str], None]
 
 # Settings that change how a run looks or where it runs, not what comes out.
-_COSMETIC = {"logging_steps", "report_to", "run_name", "dataloader_num_workers", "per_device_eval_batch_size"}
+_COSMETIC = {
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "disable_tqdm",
+    "logging_first_step",
+    "logging_steps",
+    "per_device_eval_batch_size",
+    "report_to",
+    "run_name",
+    "save_total_limit",
+}
 
 
 @dataclass
@@ -104,6 +114,8 @@ class TrainingJob:
                     "steps": trainer.state.global_step,
                     "best_step": trainer.state.best_global_step,
                     "seconds": round(seconds, 1),
+                    # The seconds are those of the last attempt.
+                    "resumed_from": checkpoint.name if checkpoint else None,
                     "validation": {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")},
                     "versions": versions(),
                 }
@@ -168,7 +180,8 @@ def training_arguments(section: TrainingSection, output_dir: Path, seed: int) ->
 
 def same_budget(section: TrainingSection, arguments: DistillationArguments, rows: int) -> TrainingSection:
     """The settings for a baseline on fewer rows: as many steps, and evaluations, as `rows` rows give the student."""
-    per_epoch = math.ceil(rows / arguments.per_device_train_batch_size / arguments.world_size)
+    whole = math.floor if arguments.dataloader_drop_last else math.ceil
+    per_epoch = whole(rows / arguments.per_device_train_batch_size / arguments.world_size)
     per_epoch = math.ceil(per_epoch / arguments.gradient_accumulation_steps)
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(per_epoch * arguments.num_train_epochs)
     changes: dict[str, Any] = {"max_steps": steps}
@@ -177,9 +190,10 @@ def same_budget(section: TrainingSection, arguments: DistillationArguments, rows
     return section.model_copy(update=changes)
 
 
-def effective(section: TrainingSection) -> dict[str, Any]:
-    """The settings of a section that change what comes out."""
-    return {k: v for k, v in section.model_dump(mode="json").items() if k not in _COSMETIC}
+def effective(section: TrainingSection, of_student: bool) -> dict[str, Any]:
+    """The settings of a section that change what comes out; projections are only the distilled student's."""
+    left_out = _COSMETIC if of_student else _COSMETIC | {"projection_learning_rate"}
+    return {k: v for k, v in section.model_dump(mode="json").items() if k not in left_out}
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ class StageFolder:
 
     def record(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None where the stage is not finished."""
-        return _read_json(self.path / STAGE_FILE)
+        return read_json(self.path / STAGE_FILE)
 
     def changes(self, fingerprint: Fingerprint) -> list[str] | None:
         """Settings that differ from those of the finished result, `name: old → new`; None if nothing is finished."""
@@ -41,7 +41,7 @@ class StageFolder:
 
     def begin(self, fingerprint: Fingerprint) -> None:
         """Makes the work folder; an earlier attempt with the same settings is kept, to go on from."""
-        attempt = _read_json(self.work / STAGE_FILE)
+        attempt = read_json(self.work / STAGE_FILE)
         if attempt is None or differences(attempt.get("fingerprint", {}), fingerprint):
             shutil.rmtree(self.work, ignore_errors=True)
         shutil.rmtree(self.result, ignore_errors=True)
@@ -53,7 +53,7 @@ class StageFolder:
         found = []
         for folder in self.checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
             step = folder.name.rpartition("-")[2]
-            if step.isdigit() and _read_json(folder / "trainer_state.json") is not None:
+            if step.isdigit() and read_json(folder / "trainer_state.json") is not None:
                 found.append((int(step), folder))
         return max(found)[1] if found else None
 
@@ -88,7 +88,8 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is none that can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

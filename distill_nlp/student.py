@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, DistilBertConfig, PreTrainedModel
 
 from distill_nlp.layer_mapping import map_layers
-from distill_nlp.loading import load_classifier
+from distill_nlp.loading import check_settings, load_classifier
 
 # Where each part of a BERT block goes in a DistilBERT block (Sanh et al. 2019, arXiv:1910.01108, section 3).
 _BERT_TO_DISTILBERT_BLOCK = {
@@ -84,10 +84,7 @@ def model_from_config(config: dict[str, Any], settings: dict[str, Any]) -> PreTr
         raise ValueError(
             f'config.model_type must name a Transformers model, e.g. "distilbert", got {model_type!r}'
         ) from None
-    # Transformers keeps unknown names as attributes that nothing reads: `hiden_size: 64` would go unseen.
-    allowed = {*known.to_dict(), *known.attribute_map, "num_labels"}
-    if unknown := sorted(config.keys() - allowed):
-        raise ValueError(f"config: {model_type} does not know {', '.join(unknown)}")
+    check_settings(known, config, "config")
     return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **config))
 
 
@@ -113,6 +110,7 @@ def student_from_teacher(
     Raises:
         ValueError: numbers out of range, an unknown choice, a teacher that is no BERT for "distilbert".
     """
+    check_settings(teacher.config if architecture == "same" else DistilBertConfig(), settings, "overrides")
     chosen = select_layers(select, layers, teacher.config.num_hidden_layers)
     source = teacher.base_model.state_dict()
     if architecture == "same":

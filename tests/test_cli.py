@@ -101,7 +101,7 @@ def test_the_installed_command_runs_all_stages_and_does_nothing_twice(experiment
 
     again = command("run", str(config), "--losses.kl.temperature", "4")
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("done already") == 3
+    assert again.stderr.count("done already") == 4
     changed = command("run", str(config), "--losses.kl.temperature", "2", "--stages", "teacher,baseline,student")
     assert changed.stderr.count("done already") == 2
     assert "student, seed 0" in changed.stderr
@@ -180,6 +180,43 @@ def test_a_finished_teacher_is_not_trained_and_gives_the_label_names(experiment,
 
 
 @pytest.mark.slow
+def test_nothing_is_made_from_a_teacher_or_reported_on_models_of_other_settings(experiment, tmp_path, capsys):
+    config = str(experiment(losses={"kl": {}}))
+    assert main(["run", config]) == 0
+    capsys.readouterr()
+    assert main(["run", config, "--stages", "student", "--teacher.training.learning_rate", "0.01"]) == 2
+    assert "was made with other settings (training.learning_rate: 5e-05 → 0.01)" in capsys.readouterr().err
+    assert main(["run", config, "--stages", "report", "--data.max_length", "8"]) == 2
+    assert "max_length: 16 → 8" in capsys.readouterr().err
+    # A setting of the students leaves the teacher alone, and one of the projections the baseline too.
+    assert main(["run", config, "--training.projection_learning_rate", "0.01", "--stages", "teacher,baseline"]) == 0
+    assert capsys.readouterr().err.count("done already") == 2
+    # Other weights in the same folder are another checkpoint.
+    other = make_teacher(seed=9, id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
+    other.bert.save_pretrained(tmp_path / "backbone")
+    assert main(["run", config, "--stages", "teacher"]) == 0
+    assert "settings changed, so it is done again (model.content:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["reviws.csv"], "cannot read texts from reviws.csv: there is no such file"),
+        (["tests"], "cannot read texts from tests: give one file, or texts"),
+        (["good text", "pyproject.toml"], "cannot read texts from pyproject.toml: give one file"),
+    ],
+)
+def test_a_file_name_is_not_classified_as_a_text(arguments, expected, monkeypatch):
+    from distill_nlp.errors import UsageError
+    from distill_nlp.prediction import read_texts
+
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UsageError, match=expected):
+        list(read_texts(arguments))
+    assert list(read_texts(["What a film. See it.", "no.csv here"])) == ["What a film. See it.", "no.csv here"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_it_runs_under_a_launcher_on_one_rank_and_on_two(experiment, tmp_path, ranks):
     """`accelerate launch --cpu --num_processes 2` would start one process only; torchrun starts two on gloo."""
@@ -202,7 +239,7 @@ def test_it_runs_under_a_launcher_on_one_rank_and_on_two(experiment, tmp_path, r
     assert done.stderr.count("labels bad, good") == 1
     for name in ("teacher", "baseline/seed-0", "student/seed-0"):
         record = json.loads((tmp_path / "run" / name / "stage.json").read_text())
-        assert record["fingerprint"]["processes"] == ranks
+        assert record["fingerprint"]["launch"]["processes"] == ranks
     from transformers import AutoModelForSequenceClassification
 
     student = tmp_path / "run" / "student" / "seed-0"
@@ -231,9 +268,13 @@ REFUSED = {
     "missing teacher": ({"teacher__model": "./nothing"}, [], "no model folder ./nothing"),
     "unknown stage": ({}, ["--stages", "techer"], "--stages: unknown techer"),
     "unknown setting": ({}, ["--data.max_lenght", "3"], "data.max_lenght: unknown setting; did you mean max_length?"),
-    "long input": ({"data__max_length": 64}, [], "data.max_length is 64, but the model of the stage teacher reads"),
+    "long input": ({"data__max_length": 64}, [], "data.max_length is 64, but the teacher reads at most 40"),
     "stage before": ({}, ["--stages", "student"], "run the stage teacher first"),
-    "too many layers": ({"losses": {"hidden": {"layers": [[1, 9]]}}}, ["--stages", "student"], "run the stage teacher"),
+    "layer beyond": ({"losses": {"hidden": {"layers": [[1, 9]]}}}, [], "teacher layer 9 of pair [1, 9] is not within"),
+    "too many layers": ({"student": {"from_teacher": {"layers": 9}}}, [], "from_teacher.layers must be in 1..4"),
+    "misspelt override": ({"student__overrides": {"atention_dropout": 0}}, [], "does not know atention_dropout"),
+    "teacher's override": ({"teacher__overrides": {"hiden_size": 3}}, [], "bert does not know hiden_size"),
+    "report before": ({}, ["--stages", "report"], "there is no finished baseline"),
 }
 
 

@@ -50,19 +50,23 @@ def test_every_mistake_is_named_with_its_path_at_once(write):
     wrong = {
         **MINIMAL,
         "data": {"dataset": "x", "max_lenght": 128, "validation_fraction": 2},
-        "training": {"learning_rate": "fast"},
-        "losses": {"kl": {"temperature": 0}},
+        "training": {"learning_rate": "fast", "bf16": "blah", "foo": 1, "save_steps": 2},
+        "losses": {"kl": {"temperature": 0}, "hiden": {}},
         "seed": 3,
     }
     with pytest.raises(UsageError) as caught:
         load_experiment(write(wrong))
     message = str(caught.value)
-    assert "5 settings are wrong" in message
+    assert "9 settings are wrong" in message
+    assert "training.bf16: input should be a valid boolean" in message
+    assert "training.foo: unknown setting" in message
+    assert "training.save_steps: is not set here: it follows eval_steps" in message
+    assert "losses.hiden: unknown loss" in message
     assert "data.max_lenght: unknown setting; did you mean max_length?" in message
     assert "data.validation_fraction: input should be less than 1, got 2" in message
     assert "training.learning_rate: input should be a valid number" in message
     assert "'fast'" in message
-    assert "losses: kl: temperature must be > 0, got 0" in message
+    assert "losses.kl: temperature must be > 0, got 0" in message
     assert "seed: unknown setting; did you mean seeds?" in message
 
 
@@ -73,14 +77,25 @@ def test_every_mistake_is_named_with_its_path_at_once(write):
         ({"student": {"model": "a", "from_teacher": {"layers": 1}}}, "student: needs exactly one of"),
         ({"teacher": {"config": {"model_type": "bert"}}}, "data.tokenizer is needed"),
         ({"losses": {}}, "losses is empty"),
-        ({"losses": {"hiden": {}}}, "unknown loss 'hiden'; there are ce, kl, hidden, attention; did you mean hidden?"),
+        (
+            {"losses": {"hiden": {}}},
+            "losses.hiden: unknown loss; there are ce, kl, hidden, attention; did you mean hidden?",
+        ),
         ({"losses": {"kl": {"temprature": 2}}}, "kl: unknown keyword argument 'temprature'"),
         ({"losses": {"hidden": {"layers": "unifrom"}}}, "hidden: layers must be one of uniform, last, first"),
         ({"losses": {"kl": {"weight": 0}}}, "all loss weights are 0"),
         ({"seeds": [1, 1]}, "seeds: must be distinct"),
-        ({"training": {"output_dir": "x"}}, "training: output_dir is not set here"),
-        ({"training": {"learning_rat": 1}}, "training: unknown: learning_rat; did you mean learning_rate?"),
+        ({"training": {"output_dir": "x"}}, "training.output_dir: is not set here"),
+        ({"training": {"learning_rat": 1}}, "training.learning_rat: unknown setting; did you mean learning_rate?"),
         ({"data": {}}, "data.dataset: is needed"),
+        ({"training": {"eval_strategy": "steps"}}, "training.eval_steps: is needed with eval_strategy"),
+        ({"training": {"adam_beta2": "abc"}}, "training.adam_beta2: must be a number, got 'abc'"),
+        ({"training": {"max_steps": 0}}, "training.max_steps: must be at least 1, or -1"),
+        (
+            {"training": {"num_train_epochs": float("inf")}},
+            "training.num_train_epochs: input should be a finite number",
+        ),
+        ({"teacher": {"model": "a", "training": {"foo": 1}}}, "teacher.training.foo: unknown setting"),
     ],
 )
 def test_a_contradiction_is_refused(write, changes, expected):
@@ -133,9 +148,21 @@ def test_every_setting_says_what_it_is():
 
 def test_values_of_the_command_line_are_yaml():
     fields = dict(leaves())
-    assert _value("0,1,2", fields["seeds"]) == [0, 1, 2]
-    assert _value("7", fields["seeds"]) == [7]
-    assert _value("null", fields["data.validation_split"]) is None
+
+    def value(text, name):
+        return _value(text, name, fields[name])
+
+    assert value("0,1,2", "seeds") == [0, 1, 2]
+    assert value("[3, 4]", "seeds") == [3, 4]
+    assert value("7", "seeds") == [7]
+    assert value("null", "data.validation_split") is None
+    assert value("no", "data.config_name") == "no"
+    assert value("@x", "output_dir") == "@x"
+    assert value("no,yes", "data.label_names") == ["no", "yes"]
+    assert value("null", "data.max_train_samples") is None
+    assert value("true", "training.bf16") is True
+    with pytest.raises(UsageError, match="--training.bf16: '@' is not valid YAML"):
+        value("@", "training.bf16")
     assert _dotted(["--losses.kl.temperature", "4", "--losses.hidden.layers=[[1, 2]]"]) == {
         "losses.kl.temperature": 4,
         "losses.hidden.layers": [[1, 2]],

@@ -115,6 +115,37 @@ def test_one_missing_label_of_a_csv_is_named_although_it_makes_the_others_floats
         load_splits(section(tmp_path))
 
 
+def test_words_that_pandas_takes_for_missing_are_words(tmp_path):
+    for split in ("train", "validation", "test"):
+        rows = f"text,label\nN/A,None\nnull {split},NA\nfine {split},None\nnan {split},NA\n"
+        (tmp_path / f"{split}.csv").write_text(rows, encoding="utf-8")
+    splits = load_splits(section(tmp_path, validation_split="validation"))
+    assert splits.label_names == ["NA", "None"]
+    assert splits.train["text"][0] == "N/A"
+    assert splits.notes == ["1 texts of train stand in test too"]
+
+
+def test_labels_that_do_not_start_at_0_are_refused(tmp_path):
+    table = pd.DataFrame({"text": ["a", "b", "c", "d"], "label": [1, 2, 3, 1]})
+    for split in ("train", "validation", "test"):
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(UsageError, match=r"labels of train are \[1, 2, 3\], and no row has 0"):
+        load_splits(section(tmp_path, validation_split="validation"))
+
+
+def test_the_teachers_own_split_is_cleaned_of_held_out_rows(tmp_path):
+    frame().to_csv(tmp_path / "train.csv", index=False)
+    frame([(f"other {i}", label) for i, (_, label) in enumerate(ROWS)]).to_csv(tmp_path / "test.csv", index=False)
+    pd.concat([pd.read_csv(tmp_path / "train.csv"), pd.read_csv(tmp_path / "test.csv")]).to_csv(
+        tmp_path / "big.csv", index=False
+    )
+    splits = load_splits(section(tmp_path, validation_fraction=0.25), "big")
+    held_out = set(splits.validation["text"]) | set(splits.test["text"])
+    assert set(splits.teacher_train["text"]) == set(splits.train["text"])
+    assert not set(splits.teacher_train["text"]) & held_out
+    assert any(f"{len(held_out)} big rows dropped" in note for note in splits.notes)
+
+
 def test_a_string_label_of_test_that_train_has_not_is_refused(tmp_path):
     frame().to_csv(tmp_path / "train.csv", index=False)
     frame([("a", "good"), ("b", "awful")]).to_csv(tmp_path / "test.csv", index=False)

@@ -43,6 +43,28 @@ def test_gap_closed_is_not_defined_without_a_gap():
     assert math.isnan(float(gap_closed(0.8, 0.8, 0.85)))
     assert math.isnan(float(gap_closed(0.7, 0.8, 0.75)))
     assert interval(np.array([np.nan, np.nan])) is None
+    # A fifth undefined: the rest would be the lucky ones.
+    assert interval(np.array([np.nan] * 20 + [0.5] * 80)) is None
+    assert interval(np.array([np.nan] * 2 + [0.5] * 98)) == [0.5, 0.5]
+
+
+def test_the_interval_of_the_difference_knows_that_seeds_differ():
+    """Two seeds with opposite results: rows alone would give a narrow interval around their mean."""
+    from distill_nlp.report.build import _compare
+
+    rng = np.random.default_rng(0)
+    labels = np.zeros(2000, dtype=int)
+
+    def logits(accuracy):
+        wrong = rng.random(2000) > accuracy
+        return np.stack([~wrong, wrong], axis=1).astype(float)
+
+    models = {"teacher": logits(0.95), "baseline/0": logits(0.80), "baseline/1": logits(0.80)}
+    models |= {"student/0": logits(0.90), "student/1": logits(0.72)}
+    difference = _compare(models, labels, [0, 1], 1000)["difference"]
+    assert difference["value"] == pytest.approx(0.01, abs=0.02)
+    assert difference["interval"][0] < -0.06
+    assert difference["interval"][1] > 0.08
 
 
 def test_macro_f1_counts_a_class_that_is_never_predicted():

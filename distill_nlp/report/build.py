@@ -95,14 +95,18 @@ def build_report(
 
 
 def _compare(logits: dict[str, np.ndarray], labels: np.ndarray, seeds: list[int], samples: int) -> dict[str, Any]:
-    """Student against baseline: differences with intervals, and McNemar's test for each seed and for all."""
+    """Student against baseline: differences with intervals over rows and seeds, and McNemar's test for each seed."""
     right = {name: values.argmax(axis=1) == labels for name, values in logits.items()}
     baseline = np.stack([right[f"baseline/{seed}"] for seed in seeds], axis=1)  # (N, seeds)
     student = np.stack([right[f"student/{seed}"] for seed in seeds], axis=1)
-    # A row of the bootstrap is a test example with the outcomes of all seeds: seeds share their examples.
-    columns = np.stack([right["teacher"], baseline.mean(axis=1), student.mean(axis=1)], axis=1).astype(float)
-    t, b, s = columns.mean(axis=0)
-    bt, bb, bs = bootstrap_means(columns, samples).T
+    # Each resample draws test rows, the same for all models, and then seeds: another run would have had other ones.
+    columns = np.concatenate([right["teacher"][:, None], baseline, student], axis=1).astype(float)
+    t, b, s = right["teacher"].mean(), baseline.mean(), student.mean()
+    means = bootstrap_means(columns, samples)  # (samples, 1 + 2 * seeds)
+    drawn = np.random.default_rng(1).integers(len(seeds), size=(samples, len(seeds)))
+    bt = means[:, 0]
+    bb = np.take_along_axis(means[:, 1 : 1 + len(seeds)], drawn, axis=1).mean(axis=1)
+    bs = np.take_along_axis(means[:, 1 + len(seeds) :], drawn, axis=1).mean(axis=1)
     closed = float(gap_closed(t, b, s))
     tests = {}
     for i, seed in enumerate(seeds):
@@ -115,7 +119,7 @@ def _compare(logits: dict[str, np.ndarray], labels: np.ndarray, seeds: list[int]
             "interval": interval(gap_closed(bt, bb, bs)) if np.isfinite(closed) else None,
         },
         "accuracy_intervals": {"teacher": interval(bt), "baseline": interval(bb), "student": interval(bs)},
-        "mcnemar": {"seeds": tests, "pooled": _named(mcnemar(student.ravel(), baseline.ravel()))},
+        "mcnemar": {"seeds": tests},
         "bootstrap_samples": samples,
     }
 
@@ -141,7 +145,8 @@ def _mean_sd(values: list[float]) -> dict[str, float | None]:
 def _size(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """Parameters, and megabytes (10^6) of the weights on disk; for a model on the Hub, of its tensors."""
     folder = Path(path).expanduser()
-    files = [f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin")] if folder.is_dir() else []
+    # A folder may hold the same weights in both formats.
+    files = list(folder.glob("model*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
     size = sum(f.stat().st_size for f in files) or sum(t.nbytes for t in model.state_dict().values())
     return {"parameters": sum(p.numel() for p in model.parameters()), "size_mb": round(size / 1e6, 2)}
 

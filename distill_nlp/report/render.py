@@ -11,6 +11,8 @@ import numpy as np
 from distill_nlp.report.build import LOGITS
 from distill_nlp.stages import write_json
 
+REPORT_FILE = "report.json"
+
 _COLUMNS = ("teacher", "baseline", "student")
 
 
@@ -40,14 +42,13 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     c = report["comparison"]
     lines = [
         f"retention (student / teacher accuracy): {_percent(c['retention'])}",
-        f"gap closed ((student - baseline) / (teacher - baseline)): {_percent(c['gap_closed'])}",
+        f"gap closed ((student - baseline) / (teacher - baseline)): {_percent(c['gap_closed'])}"
+        + ("" if c["gap_closed"]["value"] is not None else ": the teacher is not above the baseline"),
         f"student - baseline: {c['difference']['value'] * 100:+.2f} points of accuracy"
         + (f", 95% interval {_points(c['difference']['interval'])}" if c["difference"]["interval"] else ""),
     ]
     for seed, test in c["mcnemar"]["seeds"].items():
         lines.append(f"McNemar, seed {seed}: {_mcnemar(test)}")
-    if len(c["mcnemar"]["seeds"]) > 1:
-        lines.append(f"McNemar, all seeds: {_mcnemar(c['mcnemar']['pooled'])} (seeds share their test rows)")
     return lines
 
 
@@ -104,7 +105,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     temporary = folder / f".predictions.{os.getpid()}.tmp.npz"
     np.savez_compressed(temporary, **report[LOGITS])
     os.replace(temporary, folder / "predictions.npz")
-    write_json(folder / "report.json", {k: v for k, v in report.items() if k != LOGITS})
+    write_json(folder / REPORT_FILE, {k: v for k, v in report.items() if k != LOGITS})
     markdown = folder / f".report.{os.getpid()}.tmp"
     markdown.write_text(render_markdown(report), encoding="utf-8")
     os.replace(markdown, folder / "report.md")
@@ -131,7 +132,7 @@ def _points(value: list[float]) -> str:
 
 def _percent(value: dict[str, Any]) -> str:
     if value["value"] is None:
-        return "not defined (the teacher is not above the baseline)"
+        return "not defined"
     text = f"{value['value'] * 100:.1f}%"
     if value["interval"]:
         low, high = value["interval"]

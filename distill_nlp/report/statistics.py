@@ -49,10 +49,14 @@ def bootstrap_means(columns: np.ndarray, samples: int, seed: int = 0) -> np.ndar
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:
-    """The percentile interval of resampled values; None where too few are defined."""
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
+    """The percentile interval of resampled values; None where more than its tails are undefined.
+
+    Leaving undefined resamples out would give an interval of the lucky ones.
+    """
+    defined = np.isfinite(values)
+    if defined.mean() < 1 - (1 - level) / 2:
         return None
+    values = values[defined]
     tail = 100 * (1 - level) / 2
     return [float(v) for v in np.percentile(values, [tail, 100 - tail])]
 

@@ -1,0 +1,79 @@
+"""What each result of an experiment depends on; a finished stage is known by it."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cached_property
+
+from accelerate import PartialState
+
+from distill_nlp.config import Experiment
+from distill_nlp.data import content_hash
+from distill_nlp.loading import checkpoint_print
+from distill_nlp.materials import Materials
+from distill_nlp.stage_training import effective
+from distill_nlp.stages import Fingerprint
+
+
+class Fingerprints:
+    """Settings, rows, checkpoints and launch, as nested plain values, for each trained model."""
+
+    def __init__(self, experiment: Experiment, materials: Materials) -> None:
+        self.experiment = experiment
+        self.materials = materials
+
+    @cached_property
+    def teacher(self) -> Fingerprint:
+        settings = self.experiment.teacher
+        if self.materials.finished_teacher is not None:
+            return plain({"model": checkpoint_print(settings.model, settings.revision)})
+        return plain(
+            {
+                "data": self.materials.data_print | {"train": content_hash(self.materials.splits.teacher_train)},
+                "teacher": settings.model_dump(include={"config", "overrides", "seed"}),
+                "model": checkpoint_print(settings.model, settings.revision),
+                "training": effective(self.experiment.teacher_training(), of_student=False),
+                "launch": self._launch,
+            }
+        )
+
+    @property
+    def _launch(self) -> Fingerprint:
+        """What a launcher decides: it changes the results as a setting does."""
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        return {"processes": PartialState().num_processes, "mixed_precision": precision}
+
+    def _common(self, seed: int, of_student: bool) -> Fingerprint:
+        experiment = self.experiment
+        student, teacher = experiment.student, experiment.teacher
+        layers_of = checkpoint_print(teacher.model, teacher.revision) if student.from_teacher is not None else None
+        return {
+            "data": self.materials.data_print | {"train": content_hash(self.materials.splits.train)},
+            "student": student.model_dump(exclude={"model", "revision"}),
+            "model": layers_of or checkpoint_print(student.model, student.revision),
+            "training": effective(experiment.training, of_student),
+            "seed": seed,
+            "launch": self._launch,
+        }
+
+    def baseline(self, seed: int) -> Fingerprint:
+        pool = self.materials.splits.unlabeled
+        ce = self.experiment.losses["ce"].arguments() if "ce" in self.experiment.losses else {}
+        # The size of the pool sets the number of steps.
+        rest = {"ce": ce, "unlabeled_rows": 0 if pool is None else len(pool)}
+        return plain(self._common(seed, of_student=False) | rest)
+
+    def student(self, seed: int) -> Fingerprint:
+        pool = self.materials.splits.unlabeled
+        rest = {
+            "losses": {key: section.model_dump() for key, section in self.experiment.losses.items()},
+            "unlabeled": None if pool is None else content_hash(pool),
+            "teacher": self.teacher,
+        }
+        return plain(self._common(seed, of_student=True) | rest)
+
+
+def plain(fingerprint: Fingerprint) -> Fingerprint:
+    """As it will be read back: tuples are lists, keys are strings."""
+    return json.loads(json.dumps(fingerprint))
