@@ -24,7 +24,8 @@ def write_rows(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", 40), ("validation", 12), ("test", 16), ("pool", 20)):
         rows = [(f"w{4 + i % 2} w{10 + (i * 7 + len(split)) % 60} w{10 + (i * 3) % 50}", i % 2) for i in range(count)]
-        pd.DataFrame(rows, columns=["text", "label"]).to_parquet(folder / f"{split}.parquet")
+        table = pd.DataFrame(rows, columns=["text", "label"])
+        table.assign(other=[f"w{20 + i % 30}" for i in range(count)]).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -107,6 +108,13 @@ def test_the_installed_command_runs_all_stages_and_does_nothing_twice(experiment
     assert "student, seed 0" in changed.stderr
     assert "settings changed, so it is done again (losses.kl.temperature: 4 → " in changed.stderr
     assert changed.stdout == ""
+
+
+@pytest.mark.slow
+def test_pairs_of_texts_go_through_all_stages(experiment, tmp_path):
+    assert main(["run", str(experiment(data__text_pair_column="other", data__unlabeled="pool"))]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["test_rows"] == 16
 
 
 @pytest.mark.slow
