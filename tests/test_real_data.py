@@ -24,7 +24,8 @@ def require(path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "labels", "unlabeled"), [("imdb-small", ["negative", "positive"], None), ("sst2", None, "validation")]
+    ("name", "labels", "unlabeled"),
+    [("imdb-small", ["negative", "positive"], "imdb/unsup.parquet"), ("sst2", None, None)],
 )
 def test_real_reviews_go_through_all_stages(name, labels, unlabeled, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -33,7 +34,8 @@ def test_real_reviews_go_through_all_stages(name, labels, unlabeled, tmp_path):
         "data": {
             "dataset": str(require(SHARED / "data" / name)),
             "validation_split": "validation",
-            "unlabeled": unlabeled,
+            "unlabeled": unlabeled and str(require(SHARED / "data" / unlabeled)),
+            "max_unlabeled_samples": 50,
             "label_names": labels,
             "tokenizer": str(require(TOKENIZER)),
             "max_length": 64,
