@@ -14,11 +14,9 @@ import yaml
 from pydantic.fields import FieldInfo
 
 import distill_nlp
-from distill_nlp.config import LossSection
+from distill_nlp.config import STAGES, LossSection
 from distill_nlp.config_file import leaves, load_experiment, read_yaml
 from distill_nlp.errors import DistillError, UsageError
-
-STAGES = ("teacher", "baseline", "student", "report")
 
 _TEACHER_TRAINING = "teacher.training."
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+STAGES = ("teacher", "baseline", "student", "report")
 SYNTHETIC = "synthetic"
 TRAIN_TOKENIZER = "train"
 

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import concatenate_datasets
 from transformers import PreTrainedModel, set_seed
 
-from distill_nlp.config import Experiment
+from distill_nlp.config import STAGES, Experiment
 from distill_nlp.data import content_hash
 from distill_nlp.errors import UsageError
 from distill_nlp.fingerprints import Fingerprints, plain
@@ -23,7 +23,6 @@ from distill_nlp.report import REPORT_FILE, build_report, write_report
 from distill_nlp.stage_training import Say, TrainingJob, same_budget, training_arguments, versions
 from distill_nlp.stages import Fingerprint, StageFolder, read_json, write_json
 
-STAGES = ("teacher", "baseline", "student", "report")
 CONFIG_FILE = "config.json"
 
 
