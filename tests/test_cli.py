@@ -25,7 +25,8 @@ def write_rows(folder: Path) -> Path:
     for split, count in (("train", 40), ("validation", 12), ("test", 16), ("pool", 20)):
         rows = [(f"w{4 + i % 2} w{10 + (i * 7 + len(split)) % 60} w{10 + (i * 3) % 50}", i % 2) for i in range(count)]
         table = pd.DataFrame(rows, columns=["text", "label"])
-        table.assign(other=[f"w{20 + i % 30}" for i in range(count)]).to_parquet(folder / f"{split}.parquet")
+        extra = {"other": [f"w{20 + i % 30}" for i in range(count)], "big": table.label * 7, "same": 1}
+        table.assign(**extra).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -272,7 +273,12 @@ REFUSED = {
     "no config": ({}, ["absent.yaml"], "no config file absent.yaml"),
     "missing data": ({"data__dataset": "./nowhere"}, [], "data.dataset: no file or folder ./nowhere"),
     "missing column": ({"data__text_column": "review"}, [], "no column 'review' (data.text_column)"),
-    "label out of range": ({"data__label_names": None, "data__label_column": "big"}, [], "no column 'big'"),
+    "label out of range": (
+        {"data__label_column": "big"},
+        [],
+        "row 1 of the split 'train' has the label 7, outside 0..1",
+    ),
+    "one class": ({"data__label_column": "same"}, [], "all 40 rows of the split 'train' have the label 'good'"),
     "missing teacher": ({"teacher__model": "./nothing"}, [], "no model folder ./nothing"),
     "unknown stage": ({}, ["--stages", "techer"], "--stages: unknown techer"),
     "unknown setting": ({}, ["--data.max_lenght", "3"], "data.max_lenght: unknown setting; did you mean max_length?"),
