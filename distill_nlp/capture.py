@@ -1,8 +1,8 @@
 """Hidden states and attention inputs of chosen layers, with the model on fused (SDPA) attention.
 
 Transformers returns attention maps only in eager mode, and there after dropout. Here the model's attention function is
-replaced by one that runs SDPA unchanged and, inside `capture`, keeps the queries and keys of the layers asked for; a
-loss computes the map it needs from them.
+replaced by one that runs SDPA unchanged and, inside `forward_with_features`, keeps the queries, keys and values of the
+layers asked for; a loss computes the maps it needs from them.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def _capturing_attention(module, query, key, value, attention_mask, dropout=0.0,
     if collector is not None:
         collector.calls += 1
         if collector.calls in collector.layers:
-            inputs = _attention_inputs(module, query, key, attention_mask, scaling, **kwargs)
+            inputs = _attention_inputs(module, query, key, value, attention_mask, scaling, **kwargs)
             collector.attentions[collector.calls] = inputs
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-def _attention_inputs(module, query, key, mask, scaling, is_causal=None, position_bias=None, **kwargs):
+def _attention_inputs(module, query, key, value, mask, scaling, is_causal=None, position_bias=None, **kwargs):
     """What the map can be computed again from: all that SDPA would otherwise do by itself is done here."""
     if position_bias is not None:
         raise ValueError(
@@ -56,8 +56,8 @@ def _attention_inputs(module, query, key, mask, scaling, is_causal=None, positio
     if mask is None and is_causal:
         mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
     if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    return AttentionInputs(query, key, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return AttentionInputs(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 AttentionInterface.register(ATTENTION_NAME, _capturing_attention)

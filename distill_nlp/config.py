@@ -5,6 +5,7 @@ This module imports neither PyTorch nor Transformers until settings are validate
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -266,7 +267,7 @@ class Experiment(Section):
             try:
                 built[name] = LOSSES[name](**section.arguments())
             except (ValueError, TypeError) as error:
-                message = str(error).replace(f"{LOSSES[name].__name__}.__init__() got an unexpected", "unknown")
+                message = re.sub(r"^\w+\.__init__\(\) got an unexpected", "unknown", str(error))
                 mistakes.append(_mistake(name, section, message))
         if mistakes:
             raise ValidationError.from_exception_data(cls.__name__, mistakes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 LayerPairs = list[tuple[int, int]]
-STRATEGIES = ("uniform", "last", "first")
+STRATEGIES = ("uniform", "last", "first", "every_<k>")
+_EVERY = re.compile(r"every_([1-9]\d*)")
 
 
 def map_layers(
@@ -21,8 +23,8 @@ def map_layers(
 
     Args:
         layers: "uniform": student layer i learns from teacher layer round(i * teacher_depth / student_depth), the
-            last from the last; "last": only the last from the last; "first": layer i from layer i; or pairs
-            `[[student, teacher], ...]`.
+            last from the last; "last": only the last from the last; "first": layer i from layer i; "every_2" and the
+            like: layer i from layer 2i, as far as both go; or pairs `[[student, teacher], ...]`.
         student_depth: number of transformer blocks of the student.
         teacher_depth: number of transformer blocks of the teacher.
         first_layer: the lowest layer number allowed in explicit pairs: 0 for hidden states, 1 for attention.
@@ -39,6 +41,11 @@ def map_layers(
             return [(i, max(1, int(i * teacher_depth / student_depth + 0.5))) for i in range(1, student_depth + 1)]
         if layers == "last":
             return [(student_depth, teacher_depth)]
+        if every := _EVERY.fullmatch(layers):
+            step = int(every[1])
+            if step > teacher_depth:
+                raise ValueError(f'layers: "{layers}" finds no layer; {depths}')
+            return [(i, i * step) for i in range(1, min(student_depth, teacher_depth // step) + 1)]
         if student_depth > teacher_depth:
             raise ValueError(f'layers: "first" needs a teacher as deep as the student; {depths}')
         return [(i, i) for i in range(1, student_depth + 1)]
@@ -65,7 +72,7 @@ def check_layers(layers: str | Sequence[Sequence[int]]) -> None:
         ValueError: unknown strategy, something that is no pair of numbers, the same pair twice, or no pair at all.
     """
     if isinstance(layers, str):
-        if layers not in STRATEGIES:
+        if layers not in STRATEGIES[:3] and not _EVERY.fullmatch(layers):
             raise ValueError(f"layers must be one of {', '.join(STRATEGIES)} or a list of pairs, got {layers!r}")
         return
     if not isinstance(layers, Sequence) or not layers:

@@ -10,17 +10,19 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class AttentionInputs:
-    """Queries and keys of one attention layer, from which its map can be computed again.
+    """Queries, keys and values of one attention layer, from which its map and its relations can be computed again.
 
     Args:
         query: `(B, A, S, D)`, before scaling.
         key: `(B, A, S, D)`.
+        value: `(B, A, S, D_value)`.
         mask: `(B, 1, 1 or S, S)`, boolean (True = may be attended) or additive, or None.
         scaling: factor on `query @ key.T`.
     """
 
     query: torch.Tensor
     key: torch.Tensor
+    value: torch.Tensor
     mask: torch.Tensor | None
     scaling: float
 
@@ -50,7 +52,7 @@ class DistillationOutput(ModelOutput):
     Args:
         loss: scalar to call `backward` on (training), or the plain task loss (evaluation).
         logits: `(B, C)`, the student's.
-        terms: name -> detached scalar, unweighted (training only).
+        terms: name -> scalar, unweighted (training only); detached unless the caller asked for their graph.
     """
 
     loss: torch.Tensor | None = None

@@ -224,8 +224,9 @@ def features(logits=None, hidden_states=None, attentions=None) -> Features:
     return Features(logits=logits, hidden_states=hidden_states or {}, attentions=attentions or {})
 
 
-def attention_inputs(query, key, mask=None, scaling=None) -> AttentionInputs:
-    return AttentionInputs(query, key, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+def attention_inputs(query, key, mask=None, scaling=None, value=None) -> AttentionInputs:
+    value = query if value is None else value
+    return AttentionInputs(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 def to_numpy(tensor) -> np.ndarray:

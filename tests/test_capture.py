@@ -36,7 +36,7 @@ from distill_nlp.capture import (
     forward_with_features,
     logits_of,
 )
-from distill_nlp.losses.attention import log_attention_map
+from distill_nlp.losses.maps import log_attention_map
 from distill_nlp.modeling import accepted_arguments
 
 SIZES = {

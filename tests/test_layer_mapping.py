@@ -57,7 +57,7 @@ def test_layer_zero_is_for_hidden_states_only():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("middle", "must be one of uniform, last, first or a list of pairs, got 'middle'"),
+        ("middle", "must be one of uniform, last, first, every_<k> or a list of pairs, got 'middle'"),
         ([], r"or at least one pair, got \[\]"),
         (None, "or at least one pair, got None"),
         ([[3, 4]], r"student layer 3 of pair \[3, 4\] is not within 1\.\.2; the student has 2 layers"),

@@ -6,7 +6,7 @@ import torch
 from helpers import attention_inputs, features, numeric_gradient, reference_attention
 
 from distill_nlp.losses import AttentionLoss, ModelShape
-from distill_nlp.losses.attention import log_attention_map
+from distill_nlp.losses.maps import log_attention_map
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
 KINDS = pytest.mark.parametrize("kind", ["kl", "mse"])
@@ -217,7 +217,7 @@ def test_refuses_unknown_settings(settings, message):
 def test_refuses_models_without_layers_and_sequences_of_different_lengths():
     with pytest.raises(ValueError, match="AttentionLoss reads layers, but the teacher's config has no num_hidden"):
         AttentionLoss().bind(shape(2, 2), ModelShape(num_labels=3))
-    with pytest.raises(ValueError, match="the student saw 4 tokens and the teacher 3"):
+    with pytest.raises(ValueError, match="the student saw 2 x 4 tokens and the teacher 2 x 3"):
         bound()(
             features(attentions={2: attention_inputs(*query_and_key(0, 2, 3))}),
             features(attentions={4: attention_inputs(*query_and_key(0, 2, 3, tokens=3))}),
@@ -228,4 +228,4 @@ def test_refuses_models_without_layers_and_sequences_of_different_lengths():
 
 def test_describes_its_layers_and_whether_heads_are_averaged():
     assert bound(layers="uniform").describe() == "kl, 1→2, 2→4"
-    assert bound(2, 3, kind="mse").describe() == "mse, 2→4, mean over heads"
+    assert bound(2, 3, kind="mse").describe() == "mse, 2→4, mean of heads"

@@ -197,8 +197,8 @@ def test_one_student_layer_may_learn_from_two():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "mae"}, "kind must be one of mse, cosine, got 'mae'"),
-        ({"projection": "mlp"}, "projection must be one of auto, linear, none, got 'mlp'"),
+        ({"kind": "mae"}, "kind must be one of mse, cosine, normalized, got 'mae'"),
+        ({"projection": "mlp"}, "projection must be one of auto, none, linear, shared, low_rank, orthogonal, got 'mlp'"),
         ({"layers": "middle"}, "layers must be one of"),
         ({"layers": [[3, 1]]}, "student layer 3 .* is not within 0..2"),
     ],
@@ -216,7 +216,7 @@ def test_refuses_models_without_layers():
 
 
 def test_refuses_sequences_of_different_lengths():
-    with pytest.raises(ValueError, match=r"the student saw \(3, 5\) tokens and the teacher \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"the student saw 3 x 5 tokens and the teacher 3 x 1"):
         call(bound(), states(0, 4), states(1, 6, shape=(3, 1)))
 
 

@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from distill_nlp.layer_mapping import check_layers, format_pairs, map_layers
-from distill_nlp.losses.base import DistillationLoss, ModelShape, check_choice, mean_over_tokens
+from distill_nlp.losses.base import DistillationLoss, ModelShape, check_choice, check_same_tokens, kl, mean_over_tokens
+from distill_nlp.losses.chunking import rowwise
+from distill_nlp.losses.maps import log_attention_map, log_map, rows_of
 from distill_nlp.outputs import AttentionInputs, Features
 
 KINDS = ("kl", "mse")
+HEADS = ("auto", "each", "mean", "sum")
 
 
 class AttentionLoss(DistillationLoss):
@@ -20,76 +22,81 @@ class AttentionLoss(DistillationLoss):
 
     With `a = softmax(Q Kᵀ / √d)`, before dropout and with padded keys masked: kl is `Σ_k a_t log(a_t / a_s)`, mse is
     `mean_k (a_s - a_t)²` over the real keys. Each is a mean over heads, over the real query tokens of a row, over
-    rows and over layer pairs. Where the head counts differ, the maps are averaged over heads first.
-    Sources: MiniLM (arXiv:2002.10957) for kl, TinyBERT (arXiv:1909.10351) for mse.
+    rows and over layer pairs.
+    Sources: MiniLM (arXiv:2002.10957) for kl, TinyBERT (arXiv:1909.10351) for mse; maps averaged or summed over heads
+    first as in TextBrewer (arXiv:2002.12620).
 
     Args:
-        layers: "uniform", "last", "first" or `[[student, teacher], ...]`; 1 is the first block.
+        layers: "uniform", "last", "first", "every_2" or `[[student, teacher], ...]`; 1 is the first block.
         kind: "kl" or "mse".
+        heads: "each": head i learns from head i; "mean": the maps are averaged over heads first, so that head counts
+            may differ; "sum": summed (mse only, equal head counts); "auto": each where the counts are equal, else mean.
 
     Shapes:
         queries and keys `(B, A, S, D)` of each mapped layer; the head counts A and sizes D may differ.
 
     Raises:
-        ValueError: unknown setting; layers out of range; sequences of different lengths.
+        ValueError: unknown setting; "each" or "sum" with different head counts; layers out of range; sequences of
+            different lengths.
 
     Example:
         >>> loss = AttentionLoss(layers="last", kind="kl")
     """
 
-    def __init__(self, layers: str | Sequence[Sequence[int]] = "uniform", kind: str = "kl") -> None:
+    def __init__(
+        self, layers: str | Sequence[Sequence[int]] = "uniform", kind: str = "kl", heads: str = "auto"
+    ) -> None:
         super().__init__()
         check_layers(layers)
         self.layers = layers
         self.kind = check_choice("kind", kind, KINDS)
-        self.average_heads = False
+        self.heads = check_choice("heads", heads, HEADS)
+        if kind == "kl" and heads == "sum":
+            raise ValueError('heads "sum" is for kind "mse": sums of maps are no distributions; use "mean"')
 
     def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        super().bind(student, teacher)
         self.attention_pairs = map_layers(self.layers, *self._needs_layers(student, teacher))
-        self.average_heads = student.num_attention_heads != teacher.num_attention_heads
+        counts = student.num_attention_heads, teacher.num_attention_heads
+        if self.heads == "auto":
+            self.heads = "each" if counts[0] == counts[1] else "mean"
+        elif self.heads in ("each", "sum") and counts[0] != counts[1]:
+            raise ValueError(
+                f'heads "{self.heads}" needs equal head counts; the student has {counts[0]}, the teacher '
+                f'{counts[1]}: use heads "mean"'
+            )
 
     def forward(self, student: Features, teacher: Features, labels, attention_mask):
         total = 0.0
         for student_layer, teacher_layer in self.attention_pairs:
             a, b = student.attentions[student_layer], teacher.attentions[teacher_layer]
-            if a.query.shape[2] != b.query.shape[2]:
-                raise ValueError(
-                    f"AttentionLoss compares token by token, but the student saw {a.query.shape[2]} tokens and the "
-                    f"teacher {b.query.shape[2]}; use losses of the logits across tokenizers"
-                )
-            # Recomputed in backward: the (B, A, S, S) maps of one layer stand in memory at a time, not of all.
-            total = total + checkpoint(self._layer_loss, a, b, attention_mask, use_reentrant=False)
+            check_same_tokens(self, a.query.shape, b.query.shape, dim=2)
+            total = total + self._layer_loss(a, b, attention_mask).mean()
         return total / len(self.attention_pairs)
 
     def _layer_loss(self, a: AttentionInputs, b: AttentionInputs, mask: torch.Tensor | None) -> torch.Tensor:
-        log_a = log_attention_map(a)  # (B, A, S, S)
-        with torch.no_grad():
-            log_b = log_attention_map(b)
-        if self.average_heads:
-            log_a = log_a.logsumexp(dim=1, keepdim=True) - math.log(log_a.shape[1])
-            log_b = log_b.logsumexp(dim=1, keepdim=True) - math.log(log_b.shape[1])
-        if self.kind == "kl":
-            distance = (log_b.exp() * (log_b - log_a)).sum(dim=-1)  # (B, A, S)
-        else:
-            difference = (log_a.exp() - log_b.exp()).square().sum(dim=-1)  # (B, A, S)
-            keys = log_a.shape[-1] if mask is None else mask.sum(dim=1).clamp(min=1)[:, None, None]
-            distance = difference / keys
-        return mean_over_tokens(distance.mean(dim=1), mask).mean()
+        def loss(rows: slice, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            log_a = self._over_heads(log_map(query, key, a.scaling, rows_of(a.mask, rows)))  # (rows, A, S, S)
+            with torch.no_grad():
+                log_b = self._over_heads(log_attention_map(b, rows))
+            tokens = None if mask is None else mask[rows]
+            if self.kind == "kl":
+                distance = kl(log_b, log_a)  # (rows, A, S)
+            else:
+                difference = (log_a.exp() - log_b.exp()).square().sum(dim=-1)  # (rows, A, S)
+                keys = log_a.shape[-1] if tokens is None else tokens.sum(dim=1).clamp(min=1)[:, None, None]
+                distance = difference / keys
+            return mean_over_tokens(distance.mean(dim=1), tokens)
+
+        _, heads, tokens, _ = a.query.shape
+        return rowwise(loss, max(heads, b.query.shape[1]) * tokens**2, a.query, a.key)
+
+    def _over_heads(self, logs: torch.Tensor) -> torch.Tensor:
+        if self.heads not in ("mean", "sum"):
+            return logs
+        count = logs.shape[1] if self.heads == "mean" else 1
+        return logs.logsumexp(dim=1, keepdim=True) - math.log(count)
 
     def describe(self) -> str:
-        heads = ", mean over heads" if self.average_heads else ""
+        heads = f", {self.heads} of heads" if self.heads in ("mean", "sum") else ""
         return f"{self.kind}, {format_pairs(self.attention_pairs)}{heads}"
-
-
-def log_attention_map(inputs: AttentionInputs) -> torch.Tensor:
-    """`log softmax(Q Kᵀ · scaling + mask)` in float32: `(B, A, S, S)`, no dropout."""
-    scores = (inputs.query.float() * inputs.scaling) @ inputs.key.float().transpose(-1, -2)
-    mask = inputs.mask
-    if mask is not None:
-        # The lowest finite number, not -inf: a masked key gives 0 · (low - low) = 0 in a KL, and never NaN.
-        low = torch.finfo(scores.dtype).min
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, low)
-        else:
-            scores = (scores + mask.float()).clamp(min=low)
-    return scores.log_softmax(dim=-1)

@@ -13,6 +13,8 @@ from distill_nlp.outputs import Features
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
+TASKS: tuple[ProblemType, ...] = ("single_label_classification", "multi_label_classification", "regression")
+
 IGNORE_INDEX = -100
 """A label that says "this row has none": it counts in no loss that needs labels."""
 
@@ -59,12 +61,14 @@ class DistillationLoss(nn.Module):
         unit: what its mean is taken over, so that parts of a batch can be weighted to give the mean of the whole:
             "rows" (every example) or "labeled_rows" (examples whose label is not -100).
         needs_teacher: False for a loss of the student and the labels alone.
+        tasks: the kinds of task that it is defined for; `bind` refuses others.
         hidden_state_pairs: (student layer, teacher layer) whose hidden states it reads; set by `bind`.
-        attention_pairs: likewise for attention maps.
+        attention_pairs: likewise for queries, keys and values.
     """
 
     unit: Literal["rows", "labeled_rows"] = "rows"
     needs_teacher: bool = True
+    tasks: tuple[ProblemType, ...] = TASKS
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,9 +78,18 @@ class DistillationLoss(nn.Module):
     def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
         """Sizes parameters and resolves layers for these two models. Called once, by the trainer.
 
+        A subclass that has its own calls this one first.
+
         Raises:
             ValueError: the loss is not defined for these models or this kind of task.
         """
+        if student.problem_type not in self.tasks:
+            raise ValueError(
+                f"{type(self).__name__} is not defined for {student.problem_type}, only for {', '.join(self.tasks)}"
+            )
+
+    def set_progress(self, progress: float) -> None:
+        """Tells settings that follow a schedule how far training is, from 0 to 1. Called before each step."""
 
     def forward(
         self,
@@ -85,7 +98,7 @@ class DistillationLoss(nn.Module):
         labels: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Gives the mean over the batch's rows (or labeled rows) as a float32 scalar.
+        """Gives the mean over the batch's rows (or labeled rows) as a scalar of at least float32.
 
         Args:
             student: the student's features, with gradient.
@@ -125,12 +138,17 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_same_classes(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
-    """Raises a ValueError where broadcasting would otherwise compare different classes."""
-    if student_logits.shape != teacher_logits.shape:
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """At least float32: a bfloat16 softmax or square has 3 significant digits. float64 stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def check_same_tokens(loss: DistillationLoss, student: torch.Size, teacher: torch.Size, dim: int) -> None:
+    """Raises a ValueError where the two models did not see the same rows and tokens (`dim` is that of the tokens)."""
+    if (student[0], student[dim]) != (teacher[0], teacher[dim]):
         raise ValueError(
-            f"student logits have shape {tuple(student_logits.shape)}, teacher logits "
-            f"{tuple(teacher_logits.shape)}; both must be (B, C) with the same classes"
+            f"{type(loss).__name__} compares token by token, but the student saw {student[0]} x {student[dim]} tokens "
+            f"and the teacher {teacher[0]} x {teacher[dim]}; use losses of the logits across tokenizers"
         )
 
 
@@ -144,3 +162,15 @@ def mean_over_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.T
         return values.mean(dim=1)
     mask = mask.to(values.dtype)
     return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def first_token(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The state of each row's first real token, also where the padding is on the left: (B, S, H) -> (B, H)."""
+    if mask is None:
+        return states[:, 0]
+    return states[torch.arange(len(states), device=states.device), mask.long().argmax(dim=1)]
+
+
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """`KL(p ‖ q) = Σ p (log p - log q)` over the last dimension: (..., K) -> (...)."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)

@@ -2,32 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 import torch.nn.functional as F
-from torch import nn
 
 from distill_nlp.layer_mapping import check_layers, format_pairs, map_layers
-from distill_nlp.losses.base import DistillationLoss, ModelShape, check_choice, mean_over_tokens
+from distill_nlp.losses.base import (
+    DistillationLoss,
+    ModelShape,
+    check_choice,
+    check_same_tokens,
+    first_token,
+    mean_over_tokens,
+    upcast,
+)
+from distill_nlp.losses.projections import PROJECTIONS, LeastSquares, Projections
 from distill_nlp.outputs import Features
 
-KINDS = ("mse", "cosine")
-PROJECTIONS = ("auto", "linear", "none")
+KINDS = ("mse", "cosine", "normalized")
+INITS = ("random", "least_squares")
 
 
-class HiddenStateLoss(DistillationLoss):
-    """Brings hidden states of mapped layers together, token by token.
-
-    mse: `mean_h (W x_s - x_t)²`; cosine: `1 - cos(W x_s, x_t)`. Each is a mean over the real tokens of a row, over
-    rows and over layer pairs. W is a learned linear map from the student's width to the teacher's, one per pair.
-    Sources: FitNets (arXiv:1412.6550) and TinyBERT (arXiv:1909.10351) for mse with W; DistilBERT
-    (arXiv:1910.01108) for cosine.
+class ProjectedLoss(DistillationLoss):
+    """Base of the losses that compare hidden states through learned projections.
 
     Args:
-        layers: "uniform", "last", "first" or `[[student, teacher], ...]`; 0 is the embeddings' output, 1 the first
-            block.
-        kind: "mse" or "cosine".
-        projection: "auto" learns W where the widths differ; "linear" always; "none" never.
+        layers: "uniform", "last", "first", "every_2" or `[[student, teacher], ...]`; 0 is the embeddings' output, 1
+            the first block.
+        projection: "auto" (learned where the widths differ), "none", "linear", "shared", "low_rank" or "orthogonal";
+            see `Projections`.
+        rank: of "low_rank".
+        projection_init: "random", or "least_squares": the trainer fits them to a few batches before the first step.
+    """
+
+    def __init__(
+        self,
+        layers: str | Sequence[Sequence[int]] = "uniform",
+        projection: str = "auto",
+        rank: int = 64,
+        projection_init: str = "random",
+    ) -> None:
+        super().__init__()
+        check_layers(layers)
+        self.layers = layers
+        self.projection = check_choice("projection", projection, PROJECTIONS)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be a whole number > 0, got {rank!r}")
+        self.rank = rank
+        self.projection_init = check_choice("projection_init", projection_init, INITS)
+
+    def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        super().bind(student, teacher)
+        self.hidden_state_pairs = map_layers(self.layers, *self._needs_layers(student, teacher), first_layer=0)
+        self.projections = Projections(
+            self.projection, len(self.hidden_state_pairs), student.hidden_size, teacher.hidden_size, self.rank
+        )
+
+    def least_squares(self) -> LeastSquares | None:
+        """The fit that its projections start with; None where they start at random, or where there are none."""
+        wanted = self.projection_init == "least_squares" and len(self.projections) > 0
+        return LeastSquares(self.projections) if wanted else None
+
+    def fit(self, fit: LeastSquares, student: Features, teacher: Features, attention_mask: torch.Tensor | None) -> None:
+        """Takes the real tokens of one batch into the fit."""
+        for i, (x, target) in enumerate(self._states(student, teacher)):
+            real = slice(None) if attention_mask is None else attention_mask.bool()
+            fit.add(i, x[real].reshape(-1, x.shape[-1]), target[real].reshape(-1, target.shape[-1]))
+
+    def _states(self, student: Features, teacher: Features) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Per pair of layers `(B, S, H_student)` and `(B, S, H_teacher)`, unprojected, the teacher's detached."""
+        for student_layer, teacher_layer in self.hidden_state_pairs:
+            x = upcast(student.hidden_states[student_layer])
+            target = upcast(teacher.hidden_states[teacher_layer].detach())
+            check_same_tokens(self, x.shape, target.shape, dim=1)
+            yield x, target
+
+    def _projected(self, student: Features, teacher: Features) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The same with the student's brought to the teacher's width."""
+        for i, (x, target) in enumerate(self._states(student, teacher)):
+            yield self.projections.project(i, x), target
+
+    def describe(self) -> str:
+        kind = f"{self.projections.kind} projection, " if self.projections.kind not in ("none", "linear") else ""
+        return f"{kind}{format_pairs(self.hidden_state_pairs)}"
+
+
+class HiddenStateLoss(ProjectedLoss):
+    """Brings hidden states of mapped layers together, token by token.
+
+    mse: `mean_h (W x_s - x_t)²`; cosine: `1 - cos(W x_s, x_t)`; normalized: `mean_h (n(W x_s) - n(x_t))²` with `n`
+    bringing each state to mean 0 and variance 1 over its width, so that neither scale nor offset counts. Each is a mean
+    over the real tokens of a row, over rows and over layer pairs. W is the learned projection from the student's width
+    to the teacher's.
+    Sources: FitNets (arXiv:1412.6550) and TinyBERT (arXiv:1909.10351) for mse with W; DistilBERT (arXiv:1910.01108)
+    for cosine; targets normalized as in data2vec (arXiv:2202.03555).
+
+    Args:
+        layers: "uniform", "last", "first", "every_2" or `[[student, teacher], ...]`; 0 is the embeddings' output, 1
+            the first block.
+        kind: "mse", "cosine" or "normalized".
+        projection, rank, projection_init: see `ProjectedLoss`.
 
     Shapes:
         hidden states `(B, S, H_student)` and `(B, S, H_teacher)`; padding (attention_mask 0) counts nowhere.
@@ -45,47 +120,53 @@ class HiddenStateLoss(DistillationLoss):
         layers: str | Sequence[Sequence[int]] = "uniform",
         kind: str = "mse",
         projection: str = "auto",
+        rank: int = 64,
+        projection_init: str = "random",
     ) -> None:
-        super().__init__()
-        check_layers(layers)
-        self.layers = layers
+        super().__init__(layers, projection, rank, projection_init)
         self.kind = check_choice("kind", kind, KINDS)
-        self.projection = check_choice("projection", projection, PROJECTIONS)
-        self.projections = nn.ModuleList()
-
-    def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
-        self.hidden_state_pairs = map_layers(self.layers, *self._needs_layers(student, teacher), first_layer=0)
-        same_width = student.hidden_size == teacher.hidden_size
-        if self.projection == "none" and not same_width:
-            raise ValueError(
-                f'projection "none" needs equal widths; the student has {student.hidden_size}, the teacher '
-                f'{teacher.hidden_size}: use projection "auto"'
-            )
-        if self.projection == "none" or (self.projection == "auto" and same_width):
-            self.projections = nn.ModuleList()
-        else:
-            self.projections = nn.ModuleList(
-                nn.Linear(student.hidden_size, teacher.hidden_size) for _ in self.hidden_state_pairs
-            )
 
     def forward(self, student: Features, teacher: Features, labels, attention_mask):
         total = 0.0
-        for i, (student_layer, teacher_layer) in enumerate(self.hidden_state_pairs):
-            x = student.hidden_states[student_layer].float()  # (B, S, H_student)
-            target = teacher.hidden_states[teacher_layer].detach().float()  # (B, S, H_teacher)
-            if x.shape[:2] != target.shape[:2]:
-                raise ValueError(
-                    f"HiddenStateLoss compares token by token, but the student saw {tuple(x.shape[:2])} tokens and "
-                    f"the teacher {tuple(target.shape[:2])}; use losses of the logits across tokenizers"
-                )
-            if self.projections:
-                x = self.projections[i](x)  # (B, S, H_teacher)
-            if self.kind == "mse":
-                distance = (x - target).square().mean(dim=-1)  # (B, S)
-            else:
+        for x, target in self._projected(student, teacher):
+            if self.kind == "cosine":
                 distance = 1 - F.cosine_similarity(x, target, dim=-1)  # (B, S)
+            else:
+                if self.kind == "normalized":
+                    x, target = (F.layer_norm(states, states.shape[-1:]) for states in (x, target))
+                distance = (x - target).square().mean(dim=-1)  # (B, S)
             total = total + mean_over_tokens(distance, attention_mask).mean()
         return total / len(self.hidden_state_pairs)
 
     def describe(self) -> str:
-        return f"{self.kind}, {format_pairs(self.hidden_state_pairs)}"
+        return f"{self.kind}, {super().describe()}"
+
+
+class PKDLoss(ProjectedLoss):
+    """Patient knowledge distillation: the first token's states of several layers, by direction.
+
+    `Σ_h (x_s / ‖x_s‖ - x_t / ‖x_t‖)²` for the first real token of each row, a mean over rows and layer pairs; x_s is
+    the projected state where the widths differ.
+    Source: Sun et al. 2019, "Patient Knowledge Distillation for BERT Model Compression" (arXiv:1908.09355); its
+    PKD-skip is `layers="every_2"`, its PKD-last maps the last layers of both by explicit pairs.
+
+    Args:
+        layers: "uniform", "last", "first", "every_2" or `[[student, teacher], ...]`; 1 is the first block.
+        projection, rank, projection_init: see `ProjectedLoss`.
+
+    Shapes:
+        hidden states `(B, S, H_student)` and `(B, S, H_teacher)`, of which the first real token of each row is read.
+
+    Raises:
+        ValueError: as `HiddenStateLoss`.
+
+    Example:
+        >>> loss = PKDLoss(layers="every_2")
+    """
+
+    def forward(self, student: Features, teacher: Features, labels, attention_mask):
+        total = 0.0
+        for x, target in self._projected(student, teacher):
+            x, target = (F.normalize(first_token(states, attention_mask), dim=-1) for states in (x, target))
+            total = total + (x - target).square().sum(dim=-1).mean()
+        return total / len(self.hidden_state_pairs)

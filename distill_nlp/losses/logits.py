@@ -1,161 +1,238 @@
-"""Losses of the logits: what the student answers against the labels and against the teacher's answers."""
+"""Losses of the logits: what the student answers against what the teacher answers."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 
-from distill_nlp.losses.base import (
-    IGNORE_INDEX,
-    DistillationLoss,
-    ModelShape,
-    ProblemType,
-    check_positive,
-    check_same_classes,
-)
+from distill_nlp.losses.base import DistillationLoss, ModelShape, ProblemType, kl, upcast
+from distill_nlp.losses.temperature import Temperature
 from distill_nlp.outputs import Features
+from distill_nlp.schedules import Setting
 
 
-class CrossEntropyLoss(DistillationLoss):
-    """The task's own loss against the labels; rows without a label count nowhere.
+class ResponseLoss(DistillationLoss):
+    """Base of the losses that compare the two models' logits class by class.
 
-    Single-label: `-Σ_c y_c log softmax(z)_c` with `y` smoothed to `(1 - ε) y + ε / C`. Multi-label: binary
-    cross-entropy of `sigmoid(z)`, a mean over classes. Regression: squared error, a mean over outputs.
-
-    Args:
-        label_smoothing: ε, in [0, 1). Single-label only.
-        class_weights: one factor per class, multiplied into each row's loss (single-label) or into each
-            class's (multi-label). The mean is then over rows, not over weights, so that micro-batches add up.
-
-    Shapes:
-        logits `(B, C)`; labels `(B,)` with -100 for "no label"; multi-label `(B, C)` and regression `(B,)` or
-        `(B, C)`, a row of -100 for "no label". Gives the mean over labeled rows, 0 where there is none.
-
-    Raises:
-        ValueError: a setting out of range, labels that do not fit the task, label smoothing in another task.
-
-    Example:
-        >>> loss = CrossEntropyLoss(label_smoothing=0.1)
+    Attributes:
+        least_classes: fewest classes of a single-label task for which it is not constant.
     """
 
-    unit = "labeled_rows"
-    needs_teacher = False
+    least_classes = 2
 
-    def __init__(self, label_smoothing: float = 0.0, class_weights: list[float] | None = None) -> None:
+    def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        super().bind(student, teacher)
+        self.problem_type: ProblemType = student.problem_type
+        if teacher is not None and teacher.problem_type != student.problem_type:
+            raise ValueError(
+                f"the student's task is {student.problem_type}, the teacher's {teacher.problem_type}; set problem_type "
+                "in the config of one of them"
+            )
+        if student.problem_type == "single_label_classification" and student.num_labels < self.least_classes:
+            raise ValueError(
+                f"{type(self).__name__} needs at least {self.least_classes} classes, got {student.num_labels}"
+            )
+
+    def _logits(self, student: Features, teacher: Features) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both logits, `(B, C)` in at least float32, the teacher's without gradient."""
+        if student.logits.shape != teacher.logits.shape:
+            # Broadcasting would compare different classes.
+            raise ValueError(
+                f"student logits have shape {tuple(student.logits.shape)}, teacher logits "
+                f"{tuple(teacher.logits.shape)}; both must be (B, C) with the same classes"
+            )
+        return upcast(student.logits), upcast(teacher.logits.detach())
+
+
+class SoftenedLoss(ResponseLoss):
+    """Base of the losses that compare probabilities softened by a temperature.
+
+    A subclass gives `_divergence(log_p_s, log_p_t)` over the last dimension. The result is times T², which keeps the
+    gradient's size independent of T, and a mean over rows. Multi-label: the same for each class's pair (σ, 1 - σ),
+    summed over classes.
+
+    Args:
+        temperature: T > 0: a number, a schedule, or per row (see `Temperature`). At 1 the teacher's own
+            probabilities; higher shows more of the unlikely classes.
+        standardize: logits are brought to mean 0 and standard deviation 1 over the classes of each row first, so that
+            the student need not match the teacher's logit scale (single-label, at least 3 classes: of two, only the
+            sign would be left). Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation"
+            (arXiv:2403.01427).
+    """
+
+    tasks = ("single_label_classification", "multi_label_classification")
+
+    def __init__(self, temperature: Setting = 2.0, standardize: bool = False) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
-        self.label_smoothing = float(label_smoothing)
-        for weight in class_weights or []:
-            check_positive("class_weights", weight)
-        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
-        self.register_buffer("class_weights", weights, persistent=False)
+        self.temperature = Temperature(temperature)
+        if not isinstance(standardize, bool):
+            raise ValueError(f"standardize must be true or false, got {standardize!r}")
+        self.standardize = standardize
         self.problem_type: ProblemType = "single_label_classification"
 
     def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
-        self.problem_type = student.problem_type
-        if self.problem_type != "single_label_classification" and self.label_smoothing:
-            raise ValueError(f"label_smoothing is for single-label tasks; this one is {self.problem_type}")
-        if self.class_weights is not None:
-            if self.problem_type == "regression":
-                raise ValueError("class_weights are for classification; this task is regression")
-            if len(self.class_weights) != student.num_labels:
-                raise ValueError(f"class_weights has {len(self.class_weights)} values for {student.num_labels} classes")
-
-    def forward(self, student, teacher, labels, attention_mask):
-        logits = student.logits.float()  # (B, C)
-        if labels is None:
-            raise ValueError("CrossEntropyLoss needs labels; mark rows without one by -100")
+        super().bind(student, teacher)
         if self.problem_type == "single_label_classification":
-            if labels.is_floating_point() or labels.dim() != 1:
-                raise ValueError(
-                    f"single-label classification needs (B,) integer labels, got {labels.dtype} of shape "
-                    f"{tuple(labels.shape)}; set the student's config.problem_type for another task"
-                )
-            labeled = labels != IGNORE_INDEX
-            rows = F.cross_entropy(
-                logits, labels, reduction="none", ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing
+            self.temperature.check_classes(student.num_labels)
+        elif self.temperature.per_row is not None:
+            raise ValueError(f"temperature: {self.temperature.per_row} is defined for single-label tasks only")
+        if self.standardize and (self.problem_type != "single_label_classification" or student.num_labels < 3):
+            raise ValueError(
+                f"standardize needs a single-label task of at least 3 classes, got {self.problem_type} of "
+                f"{student.num_labels}: of two standardized logits only the sign is left"
             )
-            if self.class_weights is not None:
-                rows = rows * self.class_weights[labels.clamp(min=0)]
-        else:
-            targets = labels.float().view(logits.shape)
-            labeled = (targets != IGNORE_INDEX).all(dim=1)
-            targets = torch.where(labeled[:, None], targets, 0.0)
-            if self.problem_type == "regression":
-                rows = (logits - targets).square().mean(dim=1)
-            else:
-                per_class = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-                if self.class_weights is not None:
-                    per_class = per_class * self.class_weights
-                rows = per_class.mean(dim=1)
-        # A multiplication, not an index: no host sync, and a batch without labels still reaches the graph.
-        return (rows * labeled).sum() / labeled.sum().clamp(min=1)
+
+    def set_progress(self, progress: float) -> None:
+        self.temperature.set_progress(progress)
+
+    def forward(self, student: Features, teacher: Features, labels, attention_mask):
+        student_logits, teacher_logits = self._logits(student, teacher)  # (B, C)
+        temperature = self.temperature(student_logits, teacher_logits)
+        if self.standardize:
+            student_logits, teacher_logits = _standardize(student_logits), _standardize(teacher_logits)
+        log_p_student = self._log_probabilities(student_logits / temperature)
+        log_p_teacher = self._log_probabilities(teacher_logits / temperature)
+        divergence = self._divergence(log_p_student, log_p_teacher)  # (B, 1) or (B, C)
+        return (divergence * temperature**2).sum(dim=-1).mean()
+
+    def _log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """`(B, 1, C)` for one choice among C classes, `(B, C, 2)` for C choices between yes and no."""
+        if self.problem_type == "multi_label_classification":
+            return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=-1)
+        return F.log_softmax(logits, dim=-1)[:, None]
+
+    def _divergence(self, log_p_student: torch.Tensor, log_p_teacher: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must implement _divergence")
 
     def describe(self) -> str:
-        return f"smoothing={self.label_smoothing:g}" if self.label_smoothing else ""
+        return f"T={self.temperature}" + (", standardized" if self.standardize else "")
 
 
-class KLDivergenceLoss(DistillationLoss):
+class KLDivergenceLoss(SoftenedLoss):
     """Divergence of the student's answer from the teacher's, both softened by a temperature.
 
-    `T² · Σ_c p_t log(p_t / p_s)` with `p = softmax(z / T)`, summed over classes, a mean over rows. T² keeps the
-    gradient's size independent of T. Multi-label: the same for each class's pair (σ, 1 - σ), summed over classes.
+    `T² · Σ_c p_t log(p_t / p_s)` with `p = softmax(z / T)`, summed over classes, a mean over rows.
     Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network" (arXiv:1503.02531).
 
     Args:
-        temperature: T > 0. At 1 the teacher's own probabilities; higher shows more of the unlikely classes.
+        temperature, standardize: see `SoftenedLoss`.
 
     Shapes:
         both logits `(B, C)`. All rows count, labeled or not.
 
     Raises:
-        ValueError: temperature not above zero, logits of different shapes, a regression task, models of different
+        ValueError: a temperature not above zero, logits of different shapes, a regression task, models of different
             tasks.
 
     Example:
         >>> loss = KLDivergenceLoss(temperature=2.0)
     """
 
-    def __init__(self, temperature: float = 2.0) -> None:
-        super().__init__()
-        self.temperature = float(check_positive("temperature", temperature))
-        self.problem_type: ProblemType = "single_label_classification"
+    def _divergence(self, log_p_student, log_p_teacher):
+        return kl(log_p_teacher, log_p_student)
 
-    def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
-        self.problem_type = student.problem_type
-        if self.problem_type == "regression":
-            raise ValueError("KLDivergenceLoss is not defined for regression: there are no classes")
-        if self.problem_type == "single_label_classification" and student.num_labels < 2:
-            raise ValueError("KLDivergenceLoss needs at least 2 classes")
-        if teacher is not None and teacher.problem_type != self.problem_type:
-            raise ValueError(
-                f"the student's task is {self.problem_type}, the teacher's {teacher.problem_type}; set problem_type in "
-                "the config of one of them"
-            )
+
+class ReverseKLLoss(SoftenedLoss):
+    """The KL divergence the other way round: the student avoids what the teacher rules out.
+
+    `T² · Σ_c p_s log(p_s / p_t)` with `p = softmax(z / T)`, summed over classes, a mean over rows.
+    Source: Gu et al. 2023, "MiniLLM" (arXiv:2306.08543).
+
+    Args:
+        temperature, standardize: see `SoftenedLoss`.
+
+    Shapes:
+        both logits `(B, C)`. All rows count, labeled or not.
+
+    Raises:
+        ValueError: as `KLDivergenceLoss`.
+
+    Example:
+        >>> loss = ReverseKLLoss(temperature=1.0)
+    """
+
+    def _divergence(self, log_p_student, log_p_teacher):
+        return kl(log_p_student, log_p_teacher)
+
+
+class JensenShannonLoss(SoftenedLoss):
+    """The symmetric divergence, which stays below log 2 however far apart the two are.
+
+    `T² · ½ (KL(p_t ‖ m) + KL(p_s ‖ m))` with `m = ½ (p_s + p_t)` and `p = softmax(z / T)`, summed over classes, a mean
+    over rows.
+    Source: Lin 1991, "Divergence measures based on the Shannon entropy"; in distillation Agarwal et al. 2024
+    (arXiv:2306.13649).
+
+    Args:
+        temperature, standardize: see `SoftenedLoss`.
+
+    Shapes:
+        both logits `(B, C)`. All rows count, labeled or not.
+
+    Raises:
+        ValueError: as `KLDivergenceLoss`.
+
+    Example:
+        >>> loss = JensenShannonLoss(temperature=1.0)
+    """
+
+    def _divergence(self, log_p_student, log_p_teacher):
+        log_m = torch.logaddexp(log_p_student, log_p_teacher) - math.log(2)
+        return (kl(log_p_teacher, log_m) + kl(log_p_student, log_m)) / 2
+
+
+class SoftCrossEntropyLoss(SoftenedLoss):
+    """Cross-entropy against the teacher's probabilities: the KL divergence plus the teacher's own entropy.
+
+    `-T² · Σ_c p_t log p_s` with `p = softmax(z / T)`, summed over classes, a mean over rows. Its gradient is that of
+    `KLDivergenceLoss`; it is not zero where the two agree.
+    Source: Hinton et al. 2015 (arXiv:1503.02531); TinyBERT (arXiv:1909.10351) uses it at T = 1.
+
+    Args:
+        temperature, standardize: see `SoftenedLoss`.
+
+    Shapes:
+        both logits `(B, C)`. All rows count, labeled or not.
+
+    Raises:
+        ValueError: as `KLDivergenceLoss`.
+
+    Example:
+        >>> loss = SoftCrossEntropyLoss(temperature=1.0)
+    """
+
+    def _divergence(self, log_p_student, log_p_teacher):
+        return -(log_p_teacher.exp() * log_p_student).sum(dim=-1)
+
+
+class LogitsMSELoss(ResponseLoss):
+    """Squared difference of the logits themselves; for regression, of the two predictions.
+
+    `mean_c (z_s - z_t)²`, a mean over rows.
+    Source: Ba and Caruana 2014, "Do Deep Nets Really Need to be Deep?" (arXiv:1312.6184); against KL: Kim et al. 2021
+    (arXiv:2105.08919).
+
+    Shapes:
+        both logits `(B, C)`. All rows count, labeled or not.
+
+    Raises:
+        ValueError: logits of different shapes, models of different tasks.
+
+    Example:
+        >>> loss = LogitsMSELoss()
+    """
+
+    least_classes = 1
 
     def forward(self, student: Features, teacher: Features, labels, attention_mask):
-        check_same_classes(student.logits, teacher.logits)
-        student_logits = student.logits.float() / self.temperature  # (B, C)
-        teacher_logits = teacher.logits.detach().float() / self.temperature  # (B, C)
-        if self.problem_type == "multi_label_classification":
-            divergence = _binary_kl(student_logits, teacher_logits)
-        else:
-            divergence = F.kl_div(
-                F.log_softmax(student_logits, dim=-1),
-                F.log_softmax(teacher_logits, dim=-1),
-                reduction="none",
-                log_target=True,
-            )
-        return divergence.sum(dim=-1).mean() * self.temperature**2
-
-    def describe(self) -> str:
-        return f"T={self.temperature:g}"
+        student_logits, teacher_logits = self._logits(student, teacher)
+        return (student_logits - teacher_logits).square().mean()
 
 
-def _binary_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """KL of Bernoulli(sigmoid(teacher)) from Bernoulli(sigmoid(student)), per class: (B, C)."""
-    p = torch.sigmoid(teacher_logits)
-    positive = F.logsigmoid(teacher_logits) - F.logsigmoid(student_logits)
-    negative = F.logsigmoid(-teacher_logits) - F.logsigmoid(-student_logits)
-    return p * positive + (1 - p) * negative
+def _standardize(logits: torch.Tensor) -> torch.Tensor:
+    """Mean 0 and (population) standard deviation 1 over the classes of each row; equal logits become zeros."""
+    centred = logits - logits.mean(dim=-1, keepdim=True)
+    # Inside the root: the gradient of the root at 0 is infinite.
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-12).sqrt()

@@ -1,0 +1,63 @@
+"""Losses over (S, S) maps, a few rows of the batch at a time, with their gradients computed on the way forward.
+
+A map of one layer is `(B, A, S, S)`: at 8 x 12 x 512 x 512 it is 100 MB, and a loss of it needs several. A loss that is
+computed row by row needs none of them later on: its gradient with respect to queries and keys, which are S/D times
+smaller, is known as soon as its value is, up to the factor that backward will bring. So the maps of a few rows exist at
+a time, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd.function import once_differentiable
+
+ELEMENTS_PER_CHUNK = 1 << 20
+"""Numbers in one map of a chunk (4 MB in float32)."""
+
+RowLoss = Callable[..., torch.Tensor]
+"""`(rows: slice, *tensors[rows]) -> (rows,)`: the loss of each of these rows of the batch."""
+
+
+@torch.compiler.disable
+def rowwise(loss: RowLoss, elements_per_row: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """Computes `loss(rows, *(tensor[rows] for tensor in tensors))` for all rows, a chunk at a time: `(B,)`.
+
+    Args:
+        loss: what it reads besides `tensors` gets no gradient; it must compute each row from that row alone.
+        elements_per_row: size of the largest intermediate of one row, which decides how many rows go together.
+        *tensors: `(B, ...)`; those that require gradient get it.
+    """
+    rows = max(1, ELEMENTS_PER_CHUNK // max(1, elements_per_row))
+    return _Rowwise.apply(loss, rows, *tensors)
+
+
+class _Rowwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss: RowLoss, chunk: int, *tensors: torch.Tensor) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[2:]
+        gradients = [torch.empty_like(tensor) if want else None for tensor, want in zip(tensors, wanted, strict=True)]
+        values = []
+        for start in range(0, len(tensors[0]), chunk):
+            rows = slice(start, start + chunk)
+            with torch.set_grad_enabled(any(wanted)):
+                parts = [t[rows].detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+                value = loss(rows, *parts)
+                leaves = [part for part in parts if part.requires_grad]
+                found = iter(torch.autograd.grad(value.sum(), leaves) if leaves else ())
+            values.append(value.detach())
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient[rows] = next(found)
+        ctx.save_for_backward(*gradients)
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: torch.Tensor):
+        """Row b of the output depends on row b of the inputs only, so that its factor scales that row's gradient."""
+        scaled = [
+            None if g is None else g * upstream.view(-1, *[1] * (g.dim() - 1)).to(g.dtype) for g in ctx.saved_tensors
+        ]
+        return None, None, *scaled

@@ -1,0 +1,96 @@
+"""The task's own loss, against the labels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from distill_nlp.losses.base import (
+    IGNORE_INDEX,
+    DistillationLoss,
+    ModelShape,
+    ProblemType,
+    check_positive,
+    upcast,
+)
+
+
+class CrossEntropyLoss(DistillationLoss):
+    """The task's own loss against the labels; rows without a label count nowhere.
+
+    Single-label: `-Σ_c y_c log softmax(z)_c` with `y` smoothed to `(1 - ε) y + ε / C`. Multi-label: binary
+    cross-entropy of `sigmoid(z)`, a mean over classes. Regression: squared error, a mean over outputs.
+
+    Args:
+        label_smoothing: ε, in [0, 1). Single-label only.
+        class_weights: one factor per class, multiplied into each row's loss (single-label) or into each
+            class's (multi-label). The mean is then over rows, not over weights, so that micro-batches add up.
+
+    Shapes:
+        logits `(B, C)`; labels `(B,)` with -100 for "no label"; multi-label `(B, C)` and regression `(B,)` or
+        `(B, C)`, a row of -100 for "no label". Gives the mean over labeled rows, 0 where there is none.
+
+    Raises:
+        ValueError: a setting out of range, labels that do not fit the task, label smoothing in another task.
+
+    Example:
+        >>> loss = CrossEntropyLoss(label_smoothing=0.1)
+    """
+
+    unit = "labeled_rows"
+    needs_teacher = False
+
+    def __init__(self, label_smoothing: float = 0.0, class_weights: list[float] | None = None) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
+        self.label_smoothing = float(label_smoothing)
+        for weight in class_weights or []:
+            check_positive("class_weights", weight)
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.problem_type: ProblemType = "single_label_classification"
+
+    def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        super().bind(student, teacher)
+        self.problem_type = student.problem_type
+        if self.problem_type != "single_label_classification" and self.label_smoothing:
+            raise ValueError(f"label_smoothing is for single-label tasks; this one is {self.problem_type}")
+        if self.class_weights is not None:
+            if self.problem_type == "regression":
+                raise ValueError("class_weights are for classification; this task is regression")
+            if len(self.class_weights) != student.num_labels:
+                raise ValueError(f"class_weights has {len(self.class_weights)} values for {student.num_labels} classes")
+
+    def forward(self, student, teacher, labels, attention_mask):
+        logits = upcast(student.logits)  # (B, C)
+        if labels is None:
+            raise ValueError("CrossEntropyLoss needs labels; mark rows without one by -100")
+        if self.problem_type == "single_label_classification":
+            if labels.is_floating_point() or labels.dim() != 1:
+                raise ValueError(
+                    f"single-label classification needs (B,) integer labels, got {labels.dtype} of shape "
+                    f"{tuple(labels.shape)}; set the student's config.problem_type for another task"
+                )
+            labeled = labels != IGNORE_INDEX
+            rows = F.cross_entropy(
+                logits, labels, reduction="none", ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing
+            )
+            if self.class_weights is not None:
+                rows = rows * self.class_weights[labels.clamp(min=0)]
+        else:
+            targets = labels.to(logits.dtype).view(logits.shape)
+            labeled = (targets != IGNORE_INDEX).all(dim=1)
+            targets = torch.where(labeled[:, None], targets, 0.0)
+            if self.problem_type == "regression":
+                rows = (logits - targets).square().mean(dim=1)
+            else:
+                per_class = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+                if self.class_weights is not None:
+                    per_class = per_class * self.class_weights
+                rows = per_class.mean(dim=1)
+        # A multiplication, not an index: no host sync, and a batch without labels still reaches the graph.
+        return (rows * labeled).sum() / labeled.sum().clamp(min=1)
+
+    def describe(self) -> str:
+        return f"smoothing={self.label_smoothing:g}" if self.label_smoothing else ""
