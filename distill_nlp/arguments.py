@@ -9,22 +9,43 @@ from transformers import TrainingArguments
 
 @dataclass
 class DistillationArguments(TrainingArguments):
-    """`TrainingArguments` with one argument more and three defaults changed.
+    """`TrainingArguments` with a few arguments more and three defaults changed.
 
     Changed: `logging_nan_inf_filter` is False (the filter hides a loss that went NaN, and waits for the device at each
     step); `ddp_find_unused_parameters` is False (a loss of weight 0 has no parameters here, so none is unused);
     `report_to` is "none" unless given.
 
     Args:
-        projection_learning_rate: learning rate of the learned projections, which start at random while the student
-            often does not; None takes `learning_rate`. They follow the same schedule.
+        projection_learning_rate_factor: learning rate of the learned projections, as a multiple of `learning_rate`:
+            they start at random while the student often does not. They follow the same schedule.
+        projection_weight_decay: weight decay of the projections' weights (never of their biases); None takes
+            `weight_decay`.
+        projection_init_batches: batches that a projection with `projection_init="least_squares"` is fitted to, on each
+            rank.
+        loss_balancing: "none", or "gradient_norm": the weights are multiplied by factors such that the gradients of the
+            weighted terms are in the ratio of the weights.
+        term_gradient_norm_steps: measure the gradient norm of each term on the student every so many steps, on the
+            first micro-batch of the step, and log it as `gradient_norm_<name>`; 0: never (with balancing: every 20
+            steps). Each measurement is a backward pass per term.
 
     Raises:
-        ValueError: projection_learning_rate not above zero, or anything that `TrainingArguments` refuses.
+        ValueError: an argument out of its range, or anything that `TrainingArguments` refuses.
     """
 
-    projection_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the learned projections; the student's own where not given."}
+    projection_learning_rate_factor: float = field(
+        default=1.0, metadata={"help": "Learning rate of the learned projections, as a multiple of learning_rate."}
+    )
+    projection_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the projections' weights; weight_decay where not given."}
+    )
+    projection_init_batches: int = field(
+        default=8, metadata={"help": "Batches per rank behind projections that start by least squares."}
+    )
+    loss_balancing: str = field(
+        default="none", metadata={"help": "none, or gradient_norm: gradients of the terms in the ratio of the weights."}
+    )
+    term_gradient_norm_steps: int = field(
+        default=0, metadata={"help": "Steps between measurements of each term's gradient norm; 0: never."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and infinite losses from the log. Off here: they should be seen."}
@@ -39,5 +60,15 @@ class DistillationArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.projection_learning_rate is not None and not self.projection_learning_rate > 0:
-            raise ValueError(f"projection_learning_rate must be > 0, got {self.projection_learning_rate}")
+        if not 0 < self.projection_learning_rate_factor < float("inf"):
+            raise ValueError(f"projection_learning_rate_factor must be > 0, got {self.projection_learning_rate_factor}")
+        if self.projection_weight_decay is not None and not 0 <= self.projection_weight_decay < float("inf"):
+            raise ValueError(f"projection_weight_decay must be >= 0, got {self.projection_weight_decay}")
+        if self.projection_init_batches < 1:
+            raise ValueError(f"projection_init_batches must be at least 1, got {self.projection_init_batches}")
+        if self.loss_balancing not in ("none", "gradient_norm"):
+            raise ValueError(f"loss_balancing must be none or gradient_norm, got {self.loss_balancing!r}")
+        if self.term_gradient_norm_steps < 0:
+            raise ValueError(f"term_gradient_norm_steps must be >= 0, got {self.term_gradient_norm_steps}")
+        if self.loss_balancing != "none" and not self.term_gradient_norm_steps:
+            self.term_gradient_norm_steps = 20

@@ -76,7 +76,15 @@ class TrainingSection(BaseModel):
     warmup_steps: float = Field(0.1, ge=0, description="steps of warm-up; below 1, a part of all steps")
     lr_scheduler_type: str = Field("linear", description="schedule of the learning rate")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: never")
-    projection_learning_rate: float | None = Field(None, gt=0, description="of learned projections; else the same")
+    projection_learning_rate_factor: float = Field(1.0, gt=0, description="of learned projections: times learning_rate")
+    projection_weight_decay: float | None = Field(None, ge=0, description="of learned projections; else weight_decay")
+    projection_init_batches: int = Field(8, ge=1, description="batches behind a least-squares start of projections")
+    loss_balancing: Literal["none", "gradient_norm"] = Field(
+        "none", description="gradient_norm: the terms' gradients are kept in the ratio of their weights"
+    )
+    term_gradient_norm_steps: int = Field(
+        0, ge=0, description="log each term's gradient norm every so many steps; 0: never"
+    )
     bf16: bool = Field(False, description="bfloat16 autocast")
     fp16: bool = Field(False, description="float16 autocast with loss scaling (GPU)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory")
@@ -218,7 +226,18 @@ class LossSection(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    weight: float = Field(1.0, ge=0, description="factor of this term; 0 leaves it out")
+    weight: float | dict[str, Any] = Field(
+        1.0, description="factor of this term, 0 leaves it out; or {schedule: linear, start: 1, end: 0} and the like"
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _weight_is_a_schedule(cls, weight: float | dict[str, Any]) -> float | dict[str, Any]:
+        from distill_nlp.schedules import build_schedule
+
+        if build_schedule(weight, "weight").lowest < 0:
+            raise ValueError("must be >= 0 all the time")
+        return weight
 
     def arguments(self) -> dict[str, Any]:
         return dict(self.model_extra or {})

@@ -12,11 +12,44 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
 
 from distill_nlp.capture import enable_attention_capture, forward_with_features, logits_of
 from distill_nlp.losses.base import ModelShape
+from distill_nlp.losses.cross_entropy import CrossEntropyLoss
 from distill_nlp.objective import DistillationObjective, Shares
 from distill_nlp.outputs import DistillationOutput, Features
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether PEFT wraps this model, e.g. with LoRA."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model inside what PEFT or torch.compile have put around it."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def shape_of(model: nn.Module, like: ModelShape | None) -> ModelShape:
+    """Reads a model's config; a plain module without one is taken to answer as `like` does, and to have no layers.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    config = getattr(model, "config", None)
+    if config is not None:
+        return ModelShape.from_config(config)
+    if like is None:
+        raise ValueError(
+            f"{type(model).__name__} has no config with num_labels, and there is no teacher to take it from"
+        )
+    return ModelShape(num_labels=like.num_labels, problem_type=like.problem_type)
 
 
 def accepted_arguments(model: nn.Module) -> set[str] | None:
@@ -25,7 +58,7 @@ def accepted_arguments(model: nn.Module) -> set[str] | None:
     Transformers models also swallow unknown names silently: a DistilBERT given `token_type_ids` ignores them. So each
     model gets what it declares.
     """
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = inspect.signature(bare_model(model).forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
     return None if takes_any and not named else named
@@ -37,12 +70,12 @@ class DistillationModel(nn.Module):
     In training, `forward` gives the objective; in evaluation, the plain task loss and the logits of the student.
 
     Args:
-        student: gives logits; a `PreTrainedModel` for anything but losses of the logits.
+        student: gives logits; a `PreTrainedModel` (or PEFT around one) for anything but losses of the logits.
         objective: bound here to the two models.
         teacher_config: the teacher's config, None where no loss needs a teacher.
 
     Raises:
-        ValueError: a loss is not defined for this pair of models.
+        ValueError: a loss is not defined for this pair of models, or the student is compiled already.
     """
 
     # The Trainer must not hand `num_items_in_batch` to forward.
@@ -50,8 +83,15 @@ class DistillationModel(nn.Module):
 
     def __init__(self, student: nn.Module, objective: DistillationObjective, teacher_config: Any | None = None) -> None:
         super().__init__()
+        if hasattr(student, "_orig_mod"):
+            raise ValueError(
+                "the student is compiled already; pass it as it was, and torch_compile=True in the arguments"
+            )
         teacher_shape = None if teacher_config is None else ModelShape.from_config(teacher_config)
-        objective.bind(ModelShape.from_config(student.config), teacher_shape)
+        student_shape = shape_of(student, teacher_shape)
+        objective.bind(student_shape, teacher_shape)
+        self._task_loss = CrossEntropyLoss()
+        self._task_loss.bind(student_shape, None)
         # The objective draws its projections from the global generator after the student is built, on the CPU.
         self.student = student
         self.objective = objective.to(device=next(student.parameters()).device)
@@ -59,13 +99,14 @@ class DistillationModel(nn.Module):
         self._hidden_state_layers = objective.layers(0, "hidden_state")
         self._attention_layers = objective.layers(0, "attention")
         if self._attention_layers:
-            enable_attention_capture(student)
+            enable_attention_capture(bare_model(student))
 
     def forward(
         self,
         labels: torch.Tensor | None = None,
         teacher: Features | None = None,
         shares: Shares | None = None,
+        keep_graph: bool = False,
         **inputs: Any,
     ) -> DistillationOutput:
         """Runs the student, and in training the objective.
@@ -73,27 +114,33 @@ class DistillationModel(nn.Module):
         Args:
             labels: declared by name, which is how the Trainer finds out that this model takes them.
             teacher: the teacher's features for this batch (training).
-            shares: see `DistillationObjective.forward`.
+            shares, keep_graph: see `DistillationObjective.forward`.
             **inputs: the rest of the batch; the student gets what its own forward declares.
 
         Raises:
             ValueError: in training, the objective needs a teacher and got none.
         """
-        student_inputs = {k: v for k, v in inputs.items() if self._accepted is None or k in self._accepted}
         if not self.training:
-            if labels is not None and (self._accepted is None or "labels" in self._accepted):
-                student_inputs["labels"] = labels
-            outputs = self.student(**student_inputs)
-            return DistillationOutput(loss=getattr(outputs, "loss", None), logits=logits_of(outputs))
+            logits = logits_of(self.student(**self._student_inputs(inputs)))
+            # The same for every student, also for one that computes no loss, or none of a batch without labels.
+            loss = None if labels is None else self._task_loss(Features(logits), None, labels, None)
+            return DistillationOutput(loss=loss, logits=logits)
 
         if teacher is None and self.objective.needs_teacher:
             raise ValueError("in training the objective needs teacher=Features(...); call .eval() to predict")
         # Without labels the student does not compute a loss of its own, which nobody would read.
-        features = forward_with_features(
-            self.student, student_inputs, self._hidden_state_layers, self._attention_layers
-        )
-        loss, terms = self.objective(features, teacher, labels, inputs.get("attention_mask"), shares)
+        features = self.features(inputs)
+        loss, terms = self.objective(features, teacher, labels, inputs.get("attention_mask"), shares, keep_graph)
         return DistillationOutput(loss=loss, logits=features.logits.detach(), terms=terms)
+
+    def features(self, inputs: dict[str, Any]) -> Features:
+        """The student's logits for a batch, and the layers that the losses read."""
+        return forward_with_features(
+            self.student, self._student_inputs(inputs), self._hidden_state_layers, self._attention_layers
+        )
+
+    def _student_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in inputs.items() if k != "labels" and (self._accepted is None or k in self._accepted)}
 
     def split_state_dict(
         self, state_dict: dict[str, torch.Tensor]
@@ -128,7 +175,8 @@ class DistillationModel(nn.Module):
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_reentrant(*args, *kwargs.values())
         # Transformers before the renaming have the old name only.
-        enable = getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)
+        name = "activation_checkpointing_enable"
+        enable = getattr(self.student, name, None) or self.student.gradient_checkpointing_enable
         enable(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

@@ -40,6 +40,15 @@ _COSMETIC = {
     "save_total_limit",
 }
 
+# Settings that mean something only where there are projections, or terms to weigh: in the distilled student.
+_OF_SEVERAL_TERMS = {
+    "loss_balancing",
+    "projection_init_batches",
+    "projection_learning_rate_factor",
+    "projection_weight_decay",
+    "term_gradient_norm_steps",
+}
+
 
 @dataclass
 class TrainingJob:
@@ -191,8 +200,10 @@ def same_budget(section: TrainingSection, arguments: DistillationArguments, rows
 
 
 def effective(section: TrainingSection, of_student: bool) -> dict[str, Any]:
-    """The settings of a section that change what comes out; projections are only the distilled student's."""
-    left_out = _COSMETIC if of_student else _COSMETIC | {"projection_learning_rate"}
+    """The settings of a section that change what comes out; some are the distilled student's."""
+    left_out = _COSMETIC if of_student else _COSMETIC | _OF_SEVERAL_TERMS
+    if section.loss_balancing == "none":
+        left_out = left_out | {"term_gradient_norm_steps"}
     return {k: v for k, v in section.model_dump(mode="json").items() if k not in left_out}
 
 

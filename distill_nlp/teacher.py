@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distill_nlp.capture import enable_attention_capture, forward_with_features
-from distill_nlp.modeling import accepted_arguments
+from distill_nlp.modeling import accepted_arguments, bare_model
 from distill_nlp.objective import DistillationObjective
 from distill_nlp.outputs import Features
 
@@ -22,7 +22,8 @@ class Teacher:
 
     Args:
         model: gives logits; its parameters are frozen here.
-        student_config: where both configs name their labels, the teacher's logits are brought into the student's order.
+        student_config: where both configs name their labels, the teacher's logits are brought into the student's order;
+            None for a student without config, which takes the teacher's.
         objective: a bound one; says which layers to keep.
 
     Raises:
@@ -35,8 +36,8 @@ class Teacher:
         self._hidden_state_layers = objective.layers(1, "hidden_state")
         self._attention_layers = objective.layers(1, "attention")
         if self._attention_layers:
-            enable_attention_capture(model)
-        self._label_order = label_order(model.config, student_config)
+            enable_attention_capture(bare_model(model))
+        self._label_order = None if student_config is None else label_order(model.config, student_config)
 
     def __call__(self, inputs: dict[str, Any]) -> Features:
         """Gives the teacher's features for a batch, without gradient.

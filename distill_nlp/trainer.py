@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer, set_seed
-from transformers.trainer_utils import load_sharded_checkpoint
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from torch.utils.data import DataLoader, Subset
+from transformers import Trainer, set_seed
 
 from distill_nlp.arguments import DistillationArguments
+from distill_nlp.checkpoints import load_weights, save_objective, save_student
 from distill_nlp.losses.base import IGNORE_INDEX, DistillationLoss
 from distill_nlp.modeling import DistillationModel, accepted_arguments
 from distill_nlp.objective import DistillationObjective, Shares
 from distill_nlp.outputs import DistillationOutput
+from distill_nlp.projections import fit_projections, projected_losses, separate_projections
+from distill_nlp.schedules import Setting
 from distill_nlp.teacher import Teacher
+from distill_nlp.terms import TermLog, gradient_norms
 
 logger = logging.getLogger(__name__)
-
-OBJECTIVE_WEIGHTS_NAME = "objective.safetensors"
 
 
 class DistillationTrainer(Trainer):
@@ -34,13 +33,15 @@ class DistillationTrainer(Trainer):
     bare student, `trainer.model` the `DistillationModel` around it.
 
     The loss of a step is the mean over its global batch, however that is cut into micro-batches and ranks. Each term is
-    logged as `loss_<name>`, unweighted: the mean of that over the steps of the logging window.
+    logged as `loss_<name>`, unweighted: the mean of that over the steps of the logging window in which it was computed;
+    weights that change are logged as `weight_<name>`.
 
     Args:
         model: the student.
         teacher: the fine-tuned teacher; None where no loss needs one.
         losses: name -> loss.
-        loss_weights: name -> factor; 1 where not given, 0 leaves the loss out.
+        loss_weights: name -> factor, or a schedule such as `{"schedule": "linear", "start": 1.0, "end": 0.0}` (see
+            `schedules.build_schedule`); 1 where not given, 0 leaves the loss out.
         args: `DistillationArguments` (or plain `TrainingArguments`).
         **kwargs: everything else that `Trainer` takes.
 
@@ -64,7 +65,7 @@ class DistillationTrainer(Trainer):
         model: nn.Module,
         teacher: nn.Module | None = None,
         losses: dict[str, DistillationLoss] | None = None,
-        loss_weights: dict[str, float] | None = None,
+        loss_weights: dict[str, Setting] | None = None,
         args: DistillationArguments | None = None,
         **kwargs: Any,
     ) -> None:
@@ -82,7 +83,8 @@ class DistillationTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process would be DataParallel, which cannot split the teacher's features; "
                 "start with `accelerate launch`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
             )
-        objective = DistillationObjective(losses or {}, loss_weights)
+        balance = getattr(args, "loss_balancing", "none") != "none"
+        objective = DistillationObjective(losses or {}, loss_weights, balance)
         if objective.needs_teacher and teacher is None:
             needing = [name for name, loss in objective.losses.items() if loss.needs_teacher]
             raise ValueError(f"losses {', '.join(needing)} need a teacher; pass teacher=")
@@ -92,16 +94,33 @@ class DistillationTrainer(Trainer):
         set_seed(args.seed)
         wrapped = DistillationModel(model, objective, teacher.config if objective.needs_teacher else None)
         # Before the Trainer looks at the columns of the data: the teacher's inputs count as used.
-        self.teacher = Teacher(teacher, model.config, objective) if objective.needs_teacher else None
+        student_config = getattr(model, "config", None)
+        self.teacher = Teacher(teacher, student_config, objective) if objective.needs_teacher else None
         super().__init__(model=wrapped, args=args, **kwargs)
         # A micro-batch's own length would be wrong on the Trainer's older path, which divides where this is False.
         self.model_accepts_loss_kwargs = True
         if self.teacher is not None:
             self.teacher.model.to(self.args.device)
-        self._term_sums: dict[str, torch.Tensor] = {}
-        self._term_steps = 0
+        self._refuse_where_sharded()
+        self._terms = TermLog()
+        self._measure = False
         self._saving_checkpoint = False
         logger.info("objective: %s", objective.formula())
+
+    def _refuse_where_sharded(self) -> None:
+        """Refuses what reads whole parameters or gradients outside of backward, where no rank has them."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return
+        if getattr(self.args, "term_gradient_norm_steps", 0):
+            raise ValueError(
+                "term_gradient_norm_steps and loss_balancing need whole gradients on each rank, which FSDP and "
+                "DeepSpeed do not keep"
+            )
+        if fitted := projected_losses(self.objective):
+            raise ValueError(
+                f"losses.{next(iter(fitted))}: projection_init least_squares runs before FSDP or DeepSpeed take the "
+                "model; use random"
+            )
 
     @property
     def student(self) -> nn.Module:
@@ -122,20 +141,28 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """Collects the micro-batches of a step, and counts rows and labeled rows of the global batch."""
+        """Begins a step: collects its micro-batches, and counts rows and labeled rows of the global batch."""
         batches = []
         for _ in range(num_batches):
             try:
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
-        self._term_steps += bool(batches)
+        if batches:
+            self._begin_step()
         counts = torch.zeros(2, device=device)
         for batch in batches:
             counts = counts + self._count_rows(batch).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts
+
+    def _begin_step(self) -> None:
+        step = self.state.global_step
+        self.objective.set_progress(step / max(1, self.state.max_steps))
+        self._terms.begin_step(self.objective.active)
+        every = getattr(self.args, "term_gradient_norm_steps", 0)
+        self._measure = every > 0 and step % every == 0
 
     def compute_loss(
         self,
@@ -158,10 +185,30 @@ class DistillationTrainer(Trainer):
             # DDP averages gradients over ranks, so that a rank's share is of the mean over its own part of the sum.
             rows = self._count_rows(inputs) * self.args.world_size / num_items_in_batch.clamp(min=1)
             shares = {"rows": rows[0], "labeled_rows": rows[1]}
-        outputs = model(teacher=teacher_features, shares=shares, **inputs)
+        outputs = model(teacher=teacher_features, shares=shares, keep_graph=self._measure, **inputs)
         for name, value in outputs.terms.items():
-            self._term_sums[name] = self._term_sums.get(name, 0.0) + value
+            self._terms.add(name, value)
+        if self._measure:
+            self._measure_gradients(outputs.terms, shares)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _measure_gradients(self, terms: dict[str, torch.Tensor], shares: Shares | None) -> None:
+        """Takes the gradient norm of each term on the student, as if this micro-batch were the whole batch."""
+        self._measure = False
+        parameters = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        norms = gradient_norms(terms, parameters)
+        for name in norms:
+            if shares is not None:
+                share = torch.as_tensor(shares[self.objective.losses[name].unit])
+                norms[name] = norms[name] / share.clamp(min=torch.finfo(torch.float32).tiny)
+        together = torch.stack(list(norms.values()))
+        if self.args.world_size > 1:
+            together = self.accelerator.reduce(together, reduction="mean")
+        norms = dict(zip(norms, together, strict=True))
+        for name, norm in norms.items():
+            self._terms.add_norm(name, norm)
+        if self.objective.balance is not None:
+            self.objective.balance.update(norms, self.objective.weights)
 
     def _count_rows(self, batch: dict[str, Any]) -> torch.Tensor:
         """(rows, labeled rows) of one batch, on its device."""
@@ -173,19 +220,46 @@ class DistillationTrainer(Trainer):
         return torch.stack([torch.full_like(labeled, 1, dtype=torch.float32).sum(), labeled.sum().float()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each term since the last log, over ranks; the one place that reads them off the device."""
-        if "loss" in logs and self._term_sums:
-            names = list(self._term_sums)
-            means = torch.stack([self._term_sums[name] for name in names]) / self._term_steps
-            if self.args.world_size > 1:
-                means = self.accelerator.reduce(means, reduction="mean")
-            logs.update({f"loss_{name}": value for name, value in zip(names, means.tolist(), strict=True)})
-            self._term_sums, self._term_steps = {}, 0
+        """Adds what became of each term since the last log, over ranks."""
+        if "loss" in logs:
+            several = self.args.world_size > 1
+            logs.update(self._terms.read(lambda x: self.accelerator.reduce(x, reduction="mean") if several else x))
+            weights = self.objective.current_weights()
+            logs.update({f"weight_{name}": weight.item() for name, weight in weights.items()})
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._term_sums, self._term_steps = {}, 0
-        return super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As `Trainer.train`; projections that start by least squares are fitted first, unless training is resumed."""
+        self._terms = TermLog()
+        if not resume_from_checkpoint and self.teacher is not None and projected_losses(self.objective):
+            several = self.args.world_size > 1
+            device = self.args.device
+            fit_projections(
+                self._distillation_model,
+                self.teacher,
+                self._some_batches(self.args.projection_init_batches),
+                lambda x: self.accelerator.reduce(x.to(device), reduction="sum").cpu() if several else x,
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _some_batches(self, count: int) -> Iterator[dict[str, Any]]:
+        """Batches of rows spread over the training data, this rank's share of them; the order of training is untouched.
+
+        Raises:
+            ValueError: the data cannot be read by index.
+        """
+        data = self.train_dataset
+        if not hasattr(data, "__len__"):
+            raise ValueError("projection_init least_squares needs training data with a length; use random")
+        if hasattr(data, "column_names"):
+            data = self._remove_unused_columns(data, description="training")
+        size, world_size = self.args.per_device_train_batch_size, self.args.world_size
+        wanted = min(len(data), count * size * world_size)
+        rows = [i * len(data) // wanted for i in range(wanted)][self.args.process_index :: world_size]
+        # A generator of its own: a loader draws a seed even where it shuffles nothing.
+        generator = torch.Generator()
+        for batch in DataLoader(Subset(data, rows), size, collate_fn=self.data_collator, generator=generator):
+            yield self._prepare_inputs(batch)
 
     # ---- data and optimizer ----
 
@@ -202,18 +276,14 @@ class DistillationTrainer(Trainer):
         self._signature_columns = sorted(columns | {"labels", "label", "label_ids"} | set(self.label_names))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer; the projections in groups of their own where they have their own learning rate."""
+        """The Trainer's optimizer; the projections in groups of their own where they have rules of their own."""
         optimizer = super().create_optimizer(model)
-        rate = getattr(self.args, "projection_learning_rate", None)
-        if rate is not None and not self.is_deepspeed_enabled:
-            projections = {id(p) for n, p in (model or self.model).named_parameters() if n.startswith("objective.")}
-            for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in projections]
-                if own:
-                    group["params"] = [p for p in group["params"] if id(p) not in projections]
-                    optimizer.add_param_group(
-                        {k: v for k, v in group.items() if k != "params"} | {"params": own, "lr": rate}
-                    )
+        factor = getattr(self.args, "projection_learning_rate_factor", 1.0)
+        decay = getattr(self.args, "projection_weight_decay", None)
+        if factor != 1.0 or decay is not None:
+            named = (model or self.model).named_parameters()
+            projections = {parameter for name, parameter in named if name.startswith("objective.")}
+            separate_projections(optimizer, projections, factor, decay, self.args.weight_decay)
         return optimizer
 
     # ---- saving and loading ----
@@ -233,48 +303,20 @@ class DistillationTrainer(Trainer):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         model = self._distillation_model
         student_state, objective_state = model.split_state_dict(state_dict or model.state_dict())
-        os.makedirs(output_dir, exist_ok=True)
-        if isinstance(self.student, PreTrainedModel):
-            self.student.save_pretrained(output_dir, state_dict=student_state)
-        else:
-            student_state = {k: v.detach().cpu().clone().contiguous() for k, v in student_state.items()}
-            save_file(student_state, os.path.join(output_dir, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+        save_student(self.student, student_state, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
-        if self._saving_checkpoint and objective_state:
-            objective_state = {k: v.detach().cpu().contiguous() for k, v in objective_state.items()}
-            save_file(objective_state, os.path.join(output_dir, OBJECTIVE_WEIGHTS_NAME))
+        if self._saving_checkpoint:
+            save_objective(objective_state, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self._load_weights(resume_from_checkpoint)
+            load_weights(self.student, self.objective, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            self._load_weights(self.state.best_model_checkpoint)
-
-    def _load_weights(self, folder: str) -> None:
-        """The one loader, strict: the Trainer's own ignores keys that match nothing, and all would, unprefixed.
-
-        Raises:
-            ValueError: weights are missing in the folder, or belong to another student or other losses.
-        """
-        weights = os.path.join(folder, SAFE_WEIGHTS_NAME)
-        objective_weights = os.path.join(folder, OBJECTIVE_WEIGHTS_NAME)
-        try:
-            if os.path.isfile(weights):
-                load_model(self.student, weights, strict=True)
-            elif os.path.isfile(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)):
-                load_sharded_checkpoint(self.student, folder, strict=True)
-            else:
-                raise ValueError(f"no {SAFE_WEIGHTS_NAME} there")
-            if os.path.isfile(objective_weights):
-                self.objective.load_state_dict(load_file(objective_weights), strict=True)
-            elif self.objective.state_dict():
-                raise ValueError(f"no {OBJECTIVE_WEIGHTS_NAME} there; it was saved by `save_model`, not by training")
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"cannot load the checkpoint {folder}: {error}") from error
+            load_weights(self.student, self.objective, self.state.best_model_checkpoint)

@@ -10,10 +10,27 @@ def test_defaults_that_differ_from_the_trainers():
     assert args.logging_nan_inf_filter is False
     assert args.ddp_find_unused_parameters is False
     assert args.report_to == []
-    assert args.projection_learning_rate is None
+    assert args.projection_learning_rate_factor == 1.0
+    assert args.loss_balancing == "none"
+    assert args.term_gradient_norm_steps == 0
 
 
-@pytest.mark.parametrize("rate", [0.0, -1e-3, float("nan")])
-def test_projection_learning_rate_must_be_above_zero(rate):
-    with pytest.raises(ValueError, match="projection_learning_rate must be > 0, got"):
-        DistillationArguments(output_dir="x", use_cpu=True, projection_learning_rate=rate)
+def test_balancing_measures_even_where_no_steps_are_given():
+    args = DistillationArguments(output_dir="x", use_cpu=True, loss_balancing="gradient_norm")
+    assert args.term_gradient_norm_steps == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"projection_learning_rate_factor": 0.0}, "projection_learning_rate_factor must be > 0, got 0.0"),
+        ({"projection_learning_rate_factor": float("nan")}, "projection_learning_rate_factor must be > 0, got nan"),
+        ({"projection_weight_decay": -0.1}, "projection_weight_decay must be >= 0, got -0.1"),
+        ({"projection_init_batches": 0}, "projection_init_batches must be at least 1, got 0"),
+        ({"loss_balancing": "yes"}, "loss_balancing must be none or gradient_norm, got 'yes'"),
+        ({"term_gradient_norm_steps": -1}, "term_gradient_norm_steps must be >= 0, got -1"),
+    ],
+)
+def test_refuses_arguments_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationArguments(output_dir="x", use_cpu=True, **settings)

@@ -198,7 +198,7 @@ def test_nothing_is_made_from_a_teacher_or_reported_on_models_of_other_settings(
     assert main(["run", config, "--stages", "report", "--data.max_length", "8"]) == 2
     assert "max_length: 16 → 8" in capsys.readouterr().err
     # A setting of the students leaves the teacher alone, and one of the projections the baseline too.
-    assert main(["run", config, "--training.projection_learning_rate", "0.01", "--stages", "teacher,baseline"]) == 0
+    assert main(["run", config, "--training.projection_learning_rate_factor", "10", "--stages", "teacher,baseline"]) == 0
     assert capsys.readouterr().err.count("done already") == 2
     # Other weights in the same folder are another checkpoint.
     other = make_teacher(seed=9, id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1})

@@ -73,7 +73,10 @@ def test_a_student_that_is_no_transformers_model_learns_from_logits():
     output = model.train()(teacher=Features(torch.randn(4, 3)), **batch)
     output.loss.backward()
     assert model.student.embedding.weight.grad.any()
-    assert model.eval()(**batch).loss is None
+    expected = nn.functional.cross_entropy(model.student(batch["input_ids"])["logits"], batch["labels"])
+    assert model.eval()(**batch).loss.item() == pytest.approx(expected.item())
+    del batch["labels"]
+    assert model(**batch).loss is None
     with pytest.raises(ValueError, match=r"losses\.attention: .*|does not use Transformers' attention interface"):
         make_model({"attention": all_losses()["attention"]}, Bag())
 

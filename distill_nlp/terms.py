@@ -1,0 +1,83 @@
+"""What is kept of each term of the objective between two log entries, on the device until it is read."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class TermLog:
+    """Sums of term values and of gradient norms, and the warnings that their means call for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps: dict[str, int] = {}
+        self._norms: dict[str, list[torch.Tensor]] = {}
+        self._warned: set[str] = set()
+
+    def begin_step(self, names: Sequence[str]) -> None:
+        """A step begins, in which these terms are computed."""
+        for name in names:
+            self._steps[name] = self._steps.get(name, 0) + 1
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """The part of one micro-batch in a term's mean over the global batch."""
+        self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+
+    def add_norm(self, name: str, norm: torch.Tensor) -> None:
+        """The norm of a term's gradient, measured in this step."""
+        self._norms.setdefault(name, []).append(norm)
+
+    def read(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Log entries since the last reading, which this one ends: `loss_<name>`, the mean of a term over the steps in
+        which it was computed, and `gradient_norm_<name>`. The one place that waits for the device.
+
+        Args:
+            reduce: mean over ranks.
+        """
+        values = {f"loss_{name}": total / self._steps[name] for name, total in self._sums.items()}
+        norms = {f"gradient_norm_{name}": torch.stack(found).mean() for name, found in self._norms.items()}
+        self._sums, self._steps, self._norms = {}, {}, {}
+        if not values:
+            return {}
+        together = torch.stack([value.float() for value in (*values.values(), *norms.values())])
+        entries = dict(zip((*values, *norms), reduce(together).tolist(), strict=True))
+        for name in values:
+            self._warn(name.removeprefix("loss_"), entries[name])
+        return entries
+
+    def _warn(self, name: str, value: float) -> None:
+        """Once for each term: a loss that is not finite, or one that is exactly zero and so teaches nothing."""
+        if name in self._warned or (math.isfinite(value) and value != 0):
+            return
+        self._warned.add(name)
+        if math.isfinite(value):
+            logger.warning(
+                "the loss %r is exactly zero: it teaches nothing. Were all rows unlabeled, had batches one row and so "
+                "nothing to relate, or are student and teacher the same?",
+                name,
+            )
+        else:
+            logger.warning(
+                "the loss %r is %s. Lower the learning rate or its weight, or look for extreme values in its inputs",
+                name,
+                value,
+            )
+
+
+def gradient_norms(terms: dict[str, torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """L2 norm of each term's gradient on the parameters; leaves their graph and `.grad` as they are."""
+    norms = {}
+    for name, value in terms.items():
+        if not value.requires_grad:
+            norms[name] = torch.zeros((), device=value.device)
+            continue
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        lengths = [torch.linalg.vector_norm(g.float()) for g in gradients if g is not None]
+        norms[name] = torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros_like(value)
+    return norms

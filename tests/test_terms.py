@@ -1,0 +1,111 @@
+"""What is kept of each term between two log entries."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from distill_nlp.terms import TermLog, gradient_norms
+
+
+def same(tensor):
+    return tensor
+
+
+def test_a_term_is_the_mean_over_the_steps_in_which_it_was_computed():
+    terms = TermLog()
+    terms.begin_step(["a", "b"])
+    for value in (1.0, 2.0):  # two micro-batches of one step
+        terms.add("a", torch.tensor(value))
+        terms.add("b", torch.tensor(10.0))
+    terms.begin_step(["a"])
+    terms.add("a", torch.tensor(5.0))
+    assert terms.read(same) == {"loss_a": 4.0, "loss_b": 20.0}
+
+
+def test_reading_begins_anew():
+    terms = TermLog()
+    terms.begin_step(["a"])
+    terms.add("a", torch.tensor(3.0))
+    terms.add_norm("a", torch.tensor(7.0))
+    assert terms.read(same) == {"loss_a": 3.0, "gradient_norm_a": 7.0}
+    assert terms.read(same) == {}
+    terms.begin_step(["a"])
+    terms.add("a", torch.tensor(5.0))
+    assert terms.read(same) == {"loss_a": 5.0}
+
+
+def test_norms_are_a_mean_over_measurements():
+    terms = TermLog()
+    for norm in (1.0, 2.0):
+        terms.begin_step(["a"])
+        terms.add("a", torch.tensor(1.0))
+        terms.add_norm("a", torch.tensor(norm))
+    assert terms.read(same)["gradient_norm_a"] == 1.5
+
+
+def test_ranks_are_asked_once_for_all_entries():
+    calls = []
+
+    def reduce(tensor):
+        calls.append(tensor)
+        return tensor * 2
+
+    terms = TermLog()
+    terms.begin_step(["a", "b"])
+    terms.add("a", torch.tensor(1.0))
+    terms.add("b", torch.tensor(2.0))
+    terms.add_norm("b", torch.tensor(3.0))
+    assert terms.read(reduce) == {"loss_a": 2.0, "loss_b": 4.0, "gradient_norm_b": 6.0}
+    assert len(calls) == 1
+
+
+def test_no_graph_is_kept():
+    value = torch.ones((), requires_grad=True) * 2
+    terms = TermLog()
+    terms.begin_step(["a"])
+    terms.add("a", value)
+    assert not any(total.requires_grad for total in terms._sums.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.0, "the loss 'a' is exactly zero"),
+        (float("nan"), "the loss 'a' is nan"),
+        (float("inf"), "the loss 'a' is inf"),
+    ],
+)
+def test_a_term_that_is_zero_or_not_finite_is_named_once(value, message, caplog):
+    terms = TermLog()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            terms.begin_step(["a", "b"])
+            terms.add("a", torch.tensor(value))
+            terms.add("b", torch.tensor(1e-30))
+            terms.read(same)
+    assert [message in record.message for record in caplog.records] == [True]
+
+
+def test_gradient_norms_are_those_of_each_term_alone():
+    layer = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    terms = {"a": layer(x).square().mean(), "b": 5 * layer(x).abs().sum(), "constant": torch.tensor(1.0)}
+    frozen = nn.Parameter(torch.ones(2))  # in no graph
+    found = gradient_norms(terms, [*layer.parameters(), frozen])
+    for name in ("a", "b"):
+        layer.zero_grad()
+        terms[name].backward(retain_graph=True)
+        expected = torch.cat([p.grad.flatten() for p in layer.parameters()]).norm()
+        assert found[name].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found["constant"].item() == 0
+
+
+def test_measuring_leaves_gradients_and_graph_alone():
+    layer = nn.Linear(3, 1)
+    value = layer(torch.randn(4, 3)).mean()
+    gradient_norms({"a": value}, list(layer.parameters()))
+    assert all(p.grad is None for p in layer.parameters())
+    value.backward()
+    assert layer.weight.grad.any()
