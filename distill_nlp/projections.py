@@ -25,6 +25,18 @@ def projected_losses(objective: DistillationObjective) -> dict[str, ProjectedLos
     }
 
 
+def spread_rows(data: Any, wanted: int) -> list[int]:
+    """So many row numbers, or all, evenly over the data.
+
+    Raises:
+        ValueError: the data cannot be read by number.
+    """
+    if not hasattr(data, "__len__"):
+        raise ValueError("projection_init least_squares needs training data with a length; use random")
+    wanted = min(len(data), wanted)
+    return [i * len(data) // wanted for i in range(wanted)]
+
+
 @torch.no_grad()
 def fit_projections(
     model: DistillationModel,

@@ -17,7 +17,7 @@ from distill_nlp.losses.base import IGNORE_INDEX, DistillationLoss
 from distill_nlp.modeling import DistillationModel, accepted_arguments
 from distill_nlp.objective import DistillationObjective, Shares
 from distill_nlp.outputs import DistillationOutput
-from distill_nlp.projections import fit_projections, projected_losses, separate_projections
+from distill_nlp.projections import fit_projections, projected_losses, separate_projections, spread_rows
 from distill_nlp.schedules import Setting
 from distill_nlp.teacher import Teacher
 from distill_nlp.terms import TermLog, gradient_norms
@@ -243,23 +243,20 @@ class DistillationTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _some_batches(self, count: int) -> Iterator[dict[str, Any]]:
-        """Batches of rows spread over the training data, this rank's share of them; the order of training is untouched.
-
-        Raises:
-            ValueError: the data cannot be read by index.
-        """
+        """Batches of rows spread over the training data, this rank's share; the order of training is untouched."""
         data = self.train_dataset
-        if not hasattr(data, "__len__"):
-            raise ValueError("projection_init least_squares needs training data with a length; use random")
-        if hasattr(data, "column_names"):
+        if hasattr(data, "column_names") and hasattr(data, "__len__"):
             data = self._remove_unused_columns(data, description="training")
-        size, world_size = self.args.per_device_train_batch_size, self.args.world_size
-        wanted = min(len(data), count * size * world_size)
-        rows = [i * len(data) // wanted for i in range(wanted)][self.args.process_index :: world_size]
+        rank, ranks = self.args.process_index, self.args.world_size
+        rows = spread_rows(data, count * self.args.per_device_train_batch_size * ranks)[rank::ranks]
         # A generator of its own: a loader draws a seed even where it shuffles nothing.
-        generator = torch.Generator()
-        for batch in DataLoader(Subset(data, rows), size, collate_fn=self.data_collator, generator=generator):
-            yield self._prepare_inputs(batch)
+        loader = DataLoader(
+            Subset(data, rows),
+            self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),
+        )
+        return map(self._prepare_inputs, loader)
 
     # ---- data and optimizer ----
 
