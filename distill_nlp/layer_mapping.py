@@ -30,7 +30,7 @@ def map_layers(
         first_layer: the lowest layer number allowed in explicit pairs: 0 for hidden states, 1 for attention.
 
     Raises:
-        ValueError: what `check_layers` refuses, or a layer out of range.
+        ValueError: what `check_layers` refuses, a layer out of range, or a strategy that needs a deeper teacher.
     """
     check_layers(layers)
     depths = f"the student has {student_depth} layers and the teacher {teacher_depth}"
@@ -78,7 +78,7 @@ def check_layers(layers: str | Sequence[Sequence[int]]) -> None:
     if not isinstance(layers, Sequence) or not layers:
         raise ValueError(f"layers must be one of {', '.join(STRATEGIES)} or at least one pair, got {layers!r}")
     for pair in layers:
-        is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        is_pair = isinstance(pair, Sequence) and len(pair) == 2
         if not is_pair or not all(isinstance(i, int) and not isinstance(i, bool) for i in pair):
             raise ValueError(f"layers: each pair must be [student layer, teacher layer], got {pair!r}")
     if len({tuple(pair) for pair in layers}) < len(layers):

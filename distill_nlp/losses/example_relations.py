@@ -102,7 +102,7 @@ class RKDDistanceLoss(ExampleRelationLoss):
         hidden states `(B, S, H)` or logits `(B, C)` of different widths; B >= 2, else 0.
 
     Raises:
-        ValueError: unknown setting; layers out of range.
+        ValueError: unknown setting; layers out of range; models without layers; different numbers of rows or tokens.
 
     Example:
         >>> loss = RKDDistanceLoss(layers="last", representation="first")
@@ -124,8 +124,8 @@ class RKDAngleLoss(ExampleRelationLoss):
     """Relational knowledge distillation of angles: triangles of texts of the same shape as the teacher's.
 
     `mean huber(cos_s[i, j, k], cos_t[i, j, k])` over all triplets of different examples, with `cos[i, j, k]` the cosine
-    of the angle at j between `x_i - x_j` and `x_k - x_j`, huber with δ = 1; a mean over layer pairs. Takes B² · H and
-    B³ numbers.
+    of the angle at j between `x_i - x_j` and `x_k - x_j` (0 where one of them is 0: the same text twice), huber with
+    δ = 1; a mean over layer pairs. Takes B² · H and B³ numbers.
     Source: Park et al. 2019, "Relational Knowledge Distillation" (arXiv:1904.05068).
 
     Args:
@@ -135,7 +135,7 @@ class RKDAngleLoss(ExampleRelationLoss):
         hidden states `(B, S, H)` or logits `(B, C)` of different widths; B >= 3, else 0.
 
     Raises:
-        ValueError: unknown setting; layers out of range.
+        ValueError: unknown setting; layers out of range; models without layers; different numbers of rows or tokens.
 
     Example:
         >>> loss = RKDAngleLoss(layers="last", representation="mean")
@@ -145,19 +145,23 @@ class RKDAngleLoss(ExampleRelationLoss):
 
     def _relations(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         batch = len(student)
-        # Where two of a triplet are the same, both cosines are equal (1 or 0) and add nothing.
         total = F.smooth_l1_loss(_cosines(student), _cosines(teacher), reduction="sum")
         return total / (batch * (batch - 1) * (batch - 2))
 
 
 def _cosines(x: torch.Tensor) -> torch.Tensor:
-    """Cosine of the angle at j between i and k: (B, H) -> (B at j, B, B); 0 where i or k is at the same place as j."""
+    """Cosine of the angle at j between i and k: (B, H) -> (B at j, B, B).
+
+    0 where i or k is at the same place as j, and for i = k, which is no triplet.
+    """
     differences = x[None, :] - x[:, None]  # (j, i, H)
     squares = differences.square().sum(dim=-1, keepdim=True)
     # The root of 0 has an infinite gradient, and rows may hold the same text twice.
     lengths = torch.where(squares > 0, squares, 1.0).sqrt()
     directions = differences / lengths
-    return directions @ directions.transpose(1, 2)
+    # i = k would be 1 in one model and 0 in another that has i and j at the same place.
+    same = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    return (directions @ directions.transpose(1, 2)).masked_fill(same, 0.0)
 
 
 class SimilarityPreservingLoss(ExampleRelationLoss):
@@ -174,7 +178,7 @@ class SimilarityPreservingLoss(ExampleRelationLoss):
         hidden states `(B, S, H)` or logits `(B, C)` of different widths; B >= 2, else 0.
 
     Raises:
-        ValueError: unknown setting; layers out of range.
+        ValueError: unknown setting; layers out of range; models without layers; different numbers of rows or tokens.
 
     Example:
         >>> loss = SimilarityPreservingLoss(layers="last", representation="mean")

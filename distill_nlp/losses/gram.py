@@ -55,8 +55,7 @@ class NSTLoss(DistillationLoss):
 
             def loss(rows: slice, x: torch.Tensor, target=target) -> torch.Tensor:
                 mask = None if attention_mask is None else attention_mask[rows]
-                with torch.no_grad():
-                    goal = _selectivity(target[rows], mask)
+                goal = _selectivity(target[rows], mask)
                 return (_selectivity(x, mask) - goal).square().sum(dim=(1, 2))
 
             total = total + rowwise(loss, x.shape[1] ** 2, x).mean()

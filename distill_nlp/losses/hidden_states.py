@@ -54,7 +54,14 @@ class ProjectedLoss(DistillationLoss):
 
     def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
         super().bind(student, teacher)
-        self.hidden_state_pairs = map_layers(self.layers, *self._needs_layers(student, teacher), first_layer=0)
+        depths = self._needs_layers(student, teacher)
+        for name, shape in (("student", student), ("teacher", teacher)):
+            if shape.hidden_size is None:
+                raise ValueError(
+                    f"{type(self).__name__} projects hidden states, but the {name}'s config has no hidden_size; "
+                    "use losses of the logits for this pair"
+                )
+        self.hidden_state_pairs = map_layers(self.layers, *depths, first_layer=0)
         self.projections = Projections(
             self.projection, len(self.hidden_state_pairs), student.hidden_size, teacher.hidden_size, self.rank
         )
@@ -108,8 +115,8 @@ class HiddenStateLoss(ProjectedLoss):
         hidden states `(B, S, H_student)` and `(B, S, H_teacher)`; padding (attention_mask 0) counts nowhere.
 
     Raises:
-        ValueError: unknown setting; layers out of range; "none" with different widths; sequences of different
-            lengths (the two models must see the same tokens).
+        ValueError: unknown setting; layers out of range; models without layers or width; "none" with different
+            widths; sequences of different lengths (the two models must see the same tokens).
 
     Example:
         >>> loss = HiddenStateLoss(layers=[[1, 2], [3, 6]], kind="cosine")
@@ -133,7 +140,8 @@ class HiddenStateLoss(ProjectedLoss):
                 distance = 1 - F.cosine_similarity(x, target, dim=-1)  # (B, S)
             else:
                 if self.kind == "normalized":
-                    x, target = (F.layer_norm(states, states.shape[-1:]) for states in (x, target))
+                    # PyTorch's own eps, 1e-5, is the size of the variance of narrowly initialized states.
+                    x, target = (F.layer_norm(states, states.shape[-1:], eps=1e-12) for states in (x, target))
                 distance = (x - target).square().mean(dim=-1)  # (B, S)
             total = total + mean_over_tokens(distance, attention_mask).mean()
         return total / len(self.hidden_state_pairs)
@@ -147,15 +155,17 @@ class PKDLoss(ProjectedLoss):
 
     `Σ_h (x_s / ‖x_s‖ - x_t / ‖x_t‖)²` for the first real token of each row, a mean over rows and layer pairs; x_s is
     the projected state where the widths differ.
-    Source: Sun et al. 2019, "Patient Knowledge Distillation for BERT Model Compression" (arXiv:1908.09355); its
-    PKD-skip is `layers="every_2"`, its PKD-last maps the last layers of both by explicit pairs.
+    Source: Sun et al. 2019, "Patient Knowledge Distillation for BERT Model Compression" (arXiv:1908.09355). Its
+    PKD-skip, for 6 layers from 12, is `layers="every_2"` without the last pair; its PKD-last is the explicit pairs
+    1→7 ... 5→11.
 
     Args:
         layers: "uniform", "last", "first", "every_2" or `[[student, teacher], ...]`; 1 is the first block.
         projection, rank, projection_init: see `ProjectedLoss`.
 
     Shapes:
-        hidden states `(B, S, H_student)` and `(B, S, H_teacher)`, of which the first real token of each row is read.
+        hidden states `(B, S, H_student)` and `(B, S, H_teacher)`, of which the first real token of each row is read;
+        the first of all in a row of padding only.
 
     Raises:
         ValueError: as `HiddenStateLoss`.
@@ -166,7 +176,8 @@ class PKDLoss(ProjectedLoss):
 
     def forward(self, student: Features, teacher: Features, labels, attention_mask):
         total = 0.0
-        for x, target in self._projected(student, teacher):
-            x, target = (F.normalize(first_token(states, attention_mask), dim=-1) for states in (x, target))
-            total = total + (x - target).square().sum(dim=-1).mean()
+        for i, (x, target) in enumerate(self._states(student, teacher)):
+            x, target = (first_token(states, attention_mask) for states in (x, target))
+            x = self.projections.project(i, x)
+            total = total + (F.normalize(x, dim=-1) - F.normalize(target, dim=-1)).square().sum(dim=-1).mean()
         return total / len(self.hidden_state_pairs)

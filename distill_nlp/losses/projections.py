@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 
@@ -53,18 +54,43 @@ class Projections(nn.ModuleList):
 
 def _build(kind: str, student_width: int, teacher_width: int, rank: int) -> nn.Module:
     if kind == "low_rank":
-        return nn.Sequential(nn.Linear(student_width, rank, bias=False), nn.Linear(rank, teacher_width))
+        return nn.Sequential(_Linear(student_width, rank, bias=False), _Linear(rank, teacher_width))
     if kind == "orthogonal":
-        return orthogonal(nn.Linear(student_width, teacher_width, bias=False))
-    return nn.Linear(student_width, teacher_width)
+        # PyTorch's own choice for unequal widths, "householder", cuts a trained diagonal of -1 to whole numbers: under
+        # any weight decay that is 0, and so is the projection.
+        projection = orthogonal(_Linear(student_width, teacher_width, bias=False), orthogonal_map="cayley")
+        _set_orthogonal(projection, projection.weight)
+        return projection
+    return _Linear(student_width, teacher_width)
+
+
+class _Linear(nn.Linear):
+    """A linear map in the precision of what comes in: FSDP and DeepSpeed may hold its parameters in bfloat16."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(states.dtype)
+        return F.linear(states, self.weight.to(states.dtype), bias)
+
+
+@torch.no_grad()
+def _set_orthogonal(projection: nn.Module, weight: torch.Tensor) -> None:
+    """Starts an orthogonal projection at this weight."""
+    # Contiguous, both here and below: safetensors refuses anything else.
+    projection.weight = weight.contiguous()
+    # PyTorch fills the weight up to a square matrix with random columns, in which ranks would differ.
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    square, _ = torch.linalg.qr(tall, mode="complete")
+    square[:, : tall.shape[1]] = tall
+    projection.parametrizations.weight[0].base = square.contiguous()
 
 
 class LeastSquares:
     """Finds the projections that bring given student states closest to given teacher states.
 
     Linear and shared: `W, b = argmin Σ ‖W x + b - y‖²`; low rank: the same among maps of that rank (reduced-rank
-    regression); orthogonal: among those with orthonormal columns (Procrustes). Only sums over tokens are kept, which
-    can be added over batches and over ranks.
+    regression); orthogonal: among those with orthonormal columns (Procrustes), or, where the student is the wider one,
+    the map with orthonormal rows for which `Σ yᵀ W x` is largest. Only sums over tokens are kept, which can be added
+    over batches and over ranks.
 
     Args:
         projections: those to set.
@@ -83,43 +109,53 @@ class LeastSquares:
         if not len(self.projections):
             return
         i = self.projections.index(pair)
-        x = torch.nn.functional.pad(student.detach().double().cpu(), (0, 1), value=1.0)  # (N, H_student + 1)
+        x = F.pad(student.cpu().double(), (0, 1), value=1.0)  # (N, H_student + 1)
         self.squares[i] += x.T @ x
-        self.products[i] += x.T @ teacher.detach().double().cpu()
+        self.products[i] += x.T @ teacher.cpu().double()
 
     @torch.no_grad()
     def solve(self) -> None:
         """Sets the projections.
 
         Raises:
-            ValueError: nothing was taken in.
+            ValueError: nothing was taken in, or states that are not finite.
         """
         for projection, squares, products in zip(self.projections, self.squares, self.products, strict=True):
-            if not squares[-1, -1] > 0:
+            tokens = squares[-1, -1]
+            if not tokens > 0:
                 raise ValueError("least squares got no tokens to fit the projections to")
+            if not (squares.isfinite().all() and products.isfinite().all()):
+                raise ValueError(
+                    "least squares got hidden states that are not finite; float16 overflows, bfloat16 does not"
+                )
             if self.projections.kind == "orthogonal":
                 u, _, v = torch.linalg.svd(products[:-1].T, full_matrices=False)
-                projection.weight = (u @ v).to(projection.weight)
+                _set_orthogonal(projection, (u @ v).to(projection.weight))
                 continue
-            # A trace of ridge: fewer tokens than widths, or states that lie in a plane, leave the sums singular.
-            ridge = 1e-8 * squares.diagonal().mean() * torch.eye(len(squares), dtype=torch.float64)
-            solution = torch.linalg.solve(squares + ridge, products)  # (H_student + 1, H_teacher)
+            mean, target_mean = squares[:-1, -1] / tokens, products[-1] / tokens
+            covariance = squares[:-1, :-1] / tokens - torch.outer(mean, mean)
+            weight = _regression(covariance, products[:-1] / tokens - torch.outer(mean, target_mean), mean)
             if self.projections.kind == "low_rank":
-                self._set_low_rank(projection, solution, squares)
+                first, last = projection
+                # The directions in which the full solution's answers vary most.
+                _, directions = torch.linalg.eigh(weight @ covariance @ weight.T)
+                top = directions[:, -first.out_features :]  # (H_teacher, rank)
+                first.weight.copy_(top.T @ weight)
+                last.weight.copy_(top)
+                weight = top @ top.T @ weight
             else:
-                projection.weight.copy_(solution[:-1].T)
-                projection.bias.copy_(solution[-1])
+                last = projection
+                last.weight.copy_(weight)
+            last.bias.copy_(target_mean - weight @ mean)
 
-    @staticmethod
-    def _set_low_rank(projection: nn.Sequential, solution: torch.Tensor, squares: torch.Tensor) -> None:
-        first, second = projection
-        mean = squares[:-1, -1] / squares[-1, -1]  # (H_student,)
-        covariance = squares[:-1, :-1] / squares[-1, -1] - torch.outer(mean, mean)
-        weight = solution[:-1].T  # (H_teacher, H_student)
-        # The directions in which the full solution's answers vary most.
-        _, directions = torch.linalg.eigh(weight @ covariance @ weight.T)
-        top = directions[:, -first.out_features :]  # (H_teacher, rank)
-        first.weight.copy_(top.T @ weight)
-        second.weight.copy_(top)
-        target_mean = weight @ mean + solution[-1]
-        second.bias.copy_(target_mean - top @ (top.T @ (weight @ mean)))
+
+def _regression(covariance: torch.Tensor, products: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Least squares for centered numbers: (H_student, H_student), (H_student, H_teacher) -> (H_teacher, H_student)."""
+    variance = covariance.diagonal()
+    # Each coordinate in units of its own spread, as some are a hundred times larger than others. One that is constant
+    # up to rounding explains nothing.
+    spread = torch.where(variance > 1e-12 * (variance + mean.square()), variance, torch.inf).sqrt()
+    # A trace of ridge: fewer tokens than widths, or states that lie in a plane, leave the matrix singular.
+    ridge = 1e-8 * torch.eye(len(covariance), dtype=covariance.dtype)
+    solution = torch.linalg.solve(covariance / torch.outer(spread, spread) + ridge, products / spread[:, None])
+    return (solution / spread[:, None]).T
