@@ -12,15 +12,16 @@ Setting = float | Mapping[str, Any]
 
 
 def _linear(start: float, end: float, part: float) -> float:
-    return start + (end - start) * part
+    # Exact at both ends, unlike start + (end - start) * part, which can end at 0 instead of a small `end`.
+    return start * (1 - part) + end * part
 
 
 def _cosine(start: float, end: float, part: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+    return _linear(start, end, (1 - math.cos(math.pi * part)) / 2)
 
 
 def _exponential(start: float, end: float, part: float) -> float:
-    return start * (end / start) ** part
+    return start ** (1 - part) * end**part
 
 
 _CURVES: dict[str, Callable[[float, float, float], float]] = {

@@ -278,15 +278,6 @@ def reference_kl(student, teacher, temperature: float) -> float:
     return temperature**2 * total / len(student)
 
 
-def reference_binary_kl(student, teacher, temperature: float) -> float:
-    student, teacher = to_numpy(student), to_numpy(teacher)
-    total = 0.0
-    for s, t in zip(student, teacher, strict=True):
-        for a, b in zip(s, t, strict=True):
-            total += reference_kl([[a, 0.0]], [[b, 0.0]], temperature)
-    return total / len(student)
-
-
 def reference_hidden_states(student, teacher, mask, kind: str, weight=None, bias=None) -> float:
     """One pair of layers: student (B, S, H_student), teacher (B, S, H_teacher), mask (B, S)."""
     student, teacher, mask = to_numpy(student), to_numpy(teacher), to_numpy(mask)

@@ -1,308 +1,370 @@
-"""Losses of the logits, against loops in float64."""
+"""Losses of the two models' logits, against loops in float64."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    features,
-    numeric_gradient,
-    reference_binary_cross_entropy,
-    reference_binary_kl,
-    reference_cross_entropy,
-    reference_kl,
+from helpers import numeric_gradient
+from references_logits import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    answers,
+    bound,
+    call,
+    gradient_of,
+    random_logits,
+    reference_softened,
+    reference_squared_error,
+    rows_of,
 )
 
-from distill_nlp.losses import CrossEntropyLoss, KLDivergenceLoss, ModelShape
+from distill_nlp.losses import (
+    JensenShannonLoss,
+    KLDivergenceLoss,
+    LogitsMSELoss,
+    ModelShape,
+    ReverseKLLoss,
+    SoftCrossEntropyLoss,
+)
 
-MULTI_LABEL = "multi_label_classification"
+SOFTENED = {
+    "kl": KLDivergenceLoss,
+    "reverse_kl": ReverseKLLoss,
+    "js": JensenShannonLoss,
+    "soft_ce": SoftCrossEntropyLoss,
+}
+KINDS = pytest.mark.parametrize("kind", SOFTENED)
+DIVERGENCES = pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js"])
+CLASSIFICATION = pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
 
-
-def random_logits(seed, rows=5, classes=3, scale=2.0):
-    return torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def bound(loss, classes=3, problem_type="single_label_classification"):
-    shape = ModelShape(num_labels=classes, problem_type=problem_type)
-    loss.bind(shape, shape)
-    return loss
-
-
-def cross_entropy(logits, labels, classes=3, problem_type="single_label_classification", **settings):
-    return bound(CrossEntropyLoss(**settings), classes, problem_type)(features(logits), None, labels, None)
-
-
-def kl(student, teacher, temperature=2.0, problem_type="single_label_classification"):
-    loss = bound(KLDivergenceLoss(temperature), student.shape[-1], problem_type)
-    return loss(features(student), features(teacher), None, None)
-
-
-def gradient_of(value, tensor):
-    return torch.autograd.grad(value, tensor)[0].double().numpy()
-
-
-# ---- cross-entropy ----
-
-
-@pytest.mark.parametrize("labels", [[0, 2, 1, 1, 0], [0, -100, 1, -100, 2]], ids=["all labeled", "some labeled"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("class_weights", [None, [0.5, 1.0, 3.0]])
-def test_cross_entropy_equals_the_reference_and_its_gradient(labels, smoothing, class_weights):
-    logits = random_logits(0).requires_grad_()
-    value = cross_entropy(logits, torch.tensor(labels), label_smoothing=smoothing, class_weights=class_weights)
-    assert value.item() == pytest.approx(reference_cross_entropy(logits, labels, smoothing, class_weights), rel=1e-5)
-    expected = numeric_gradient(lambda z: reference_cross_entropy(z, labels, smoothing, class_weights), logits)
-    np.testing.assert_allclose(gradient_of(value, logits), expected, atol=1e-6)
+# name -> (loss class, kind of task, settings): every loss of this module in every way to compute it
+WAYS = {
+    **{kind: (loss, SINGLE_LABEL, {}) for kind, loss in SOFTENED.items()},
+    **{f"{kind} multi-label": (loss, MULTI_LABEL, {}) for kind, loss in SOFTENED.items()},
+    **{f"{kind} standardized": (loss, SINGLE_LABEL, {"standardize": True}) for kind, loss in SOFTENED.items()},
+    "logits_mse": (LogitsMSELoss, SINGLE_LABEL, {}),
+    "logits_mse multi-label": (LogitsMSELoss, MULTI_LABEL, {}),
+    "logits_mse regression": (LogitsMSELoss, REGRESSION, {}),
+}
+EVERY_WAY = pytest.mark.parametrize("way", WAYS)
+AT_IDENTITY_ZERO = [way for way in WAYS if not way.startswith("soft_ce")]
 
 
-def test_cross_entropy_without_any_label_is_zero_and_reaches_the_graph():
-    logits = random_logits(0).requires_grad_()
-    labels = torch.full((5,), -100)
-    value = cross_entropy(logits, labels, label_smoothing=0.1, class_weights=[1.0, 2.0, 3.0])
-    assert value.item() == 0
-    assert not gradient_of(value, logits).any()
+def softened(kind, student, teacher, temperature=2.0, problem_type=SINGLE_LABEL, **settings):
+    loss = bound(SOFTENED[kind](temperature, **settings), student.shape[-1], problem_type)
+    return call(loss, student, teacher)
 
 
-def test_rows_without_a_label_get_no_gradient_and_do_not_dilute():
-    logits = random_logits(1).requires_grad_()
-    labels = torch.tensor([1, -100, 0, -100, -100])
-    value = cross_entropy(logits, labels)
-    assert value.item() == pytest.approx(cross_entropy(logits[[0, 2]], labels[[0, 2]]).item())
-    gradient = gradient_of(value, logits)
-    assert not gradient[[1, 3, 4]].any()
-    assert gradient[[0, 2]].any(axis=1).all()
+def value_of(way, student, teacher, labels=None, mask=None):
+    loss, problem_type, settings = WAYS[way]
+    return call(bound(loss(**settings), student.shape[-1], problem_type), student, teacher, labels, mask)
 
 
-def test_softmax_is_taken_once():
-    value = cross_entropy(torch.tensor([[math.log(0.7), math.log(0.2), math.log(0.1)]]), torch.tensor([0]))
-    assert value.item() == pytest.approx(-math.log(0.7), rel=1e-6)
+# ---- against the reference ----
 
 
-@pytest.mark.parametrize("class_weights", [None, [0.5, 1.0, 3.0]])
-def test_multi_label_equals_the_reference_and_its_gradient(class_weights):
-    logits = random_logits(2).requires_grad_()
-    labels = torch.tensor([[1.0, 0, 1], [-100] * 3, [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+@KINDS
+@CLASSIFICATION
+@pytest.mark.parametrize("temperature", [0.5, 1, 2.0, 10.0])
+def test_equals_the_reference_and_its_gradient(kind, problem_type, temperature):
+    student, teacher = random_logits(0).requires_grad_(), random_logits(1)
 
     def reference(z):
-        return reference_binary_cross_entropy(z, labels, class_weights)
+        return reference_softened(kind, z, teacher, temperature, problem_type == MULTI_LABEL)
 
-    value = cross_entropy(logits, labels, problem_type=MULTI_LABEL, class_weights=class_weights)
-    assert value.item() == pytest.approx(reference(logits), rel=1e-5)
-    np.testing.assert_allclose(gradient_of(value, logits), numeric_gradient(reference, logits), atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 2)])
-def test_regression_is_the_squared_error_over_labeled_rows(shape):
-    outputs = shape[1] if len(shape) == 2 else 1
-    logits = random_logits(3, 4, outputs)
-    labels = torch.arange(math.prod(shape), dtype=torch.float32).view(shape) - 1.5
-    labels[1] = -100
-    value = cross_entropy(logits, labels, classes=outputs, problem_type="regression")
-    rows = []
-    for row in (0, 2, 3):
-        targets = labels.view(4, outputs)[row].tolist()
-        rows.append(sum((z - y) ** 2 for z, y in zip(logits[row].tolist(), targets, strict=True)) / outputs)
-    assert value.item() == pytest.approx(sum(rows) / 3, rel=1e-5)
+    value = softened(kind, student, teacher, temperature, problem_type)
+    assert value.item() == pytest.approx(reference(student), rel=1e-4)
+    np.testing.assert_allclose(gradient_of(value, student), numeric_gradient(reference, student), atol=2e-6)
 
 
-def test_parts_of_a_batch_add_up_to_the_whole():
-    logits, labels = random_logits(4, 8), torch.tensor([0, -100, 2, 1, -100, -100, 2, 0])
-    settings = {"label_smoothing": 0.1, "class_weights": [0.5, 1.0, 3.0]}
-    whole = cross_entropy(logits, labels, **settings)
-    parts = 0.0
-    for start, stop in ((0, 3), (3, 6), (6, 8)):
-        labeled = (labels[start:stop] != -100).sum()
-        parts += cross_entropy(logits[start:stop], labels[start:stop], **settings) * labeled / 5
-    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
+@KINDS
+@pytest.mark.parametrize("classes", [3, 6])
+def test_standardized_equals_the_reference_and_its_gradient(kind, classes):
+    student, teacher = random_logits(0, classes=classes).requires_grad_(), random_logits(1, classes=classes)
+
+    def reference(z):
+        return reference_softened(kind, z, teacher, 1.5, standardize=True)
+
+    value = softened(kind, student, teacher, 1.5, standardize=True)
+    assert value.item() == pytest.approx(reference(student), rel=1e-5)
+    np.testing.assert_allclose(gradient_of(value, student), numeric_gradient(reference, student), atol=2e-6)
 
 
-def test_class_weights_follow_the_module_but_are_not_saved():
-    loss = CrossEntropyLoss(class_weights=[1.0, 2.0])
-    assert not loss.state_dict()
-    assert loss.to("meta").class_weights.device.type == "meta"
+@pytest.mark.parametrize(("problem_type", "classes"), [(SINGLE_LABEL, 3), (MULTI_LABEL, 3), (REGRESSION, 1)])
+def test_logits_mse_equals_the_reference_and_its_gradient(problem_type, classes):
+    student, teacher = random_logits(0, classes=classes).requires_grad_(), random_logits(1, classes=classes)
+    value = call(bound(LogitsMSELoss(), classes, problem_type), student, teacher)
+    assert value.item() == pytest.approx(reference_squared_error(student, teacher), rel=1e-5)
+    expected = numeric_gradient(lambda z: reference_squared_error(z, teacher), student)
+    np.testing.assert_allclose(gradient_of(value, student), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
-        ({"label_smoothing": -0.1}, "label_smoothing must be"),
-        ({"class_weights": [1.0, 0.0]}, "class_weights must be > 0, got 0.0"),
-        ({"class_weights": [1.0, float("nan")]}, "class_weights must be > 0, got nan"),
-    ],
-)
-def test_cross_entropy_refuses_settings_out_of_range(settings, message):
-    with pytest.raises(ValueError, match=message):
-        CrossEntropyLoss(**settings)
+@EVERY_WAY
+def test_passes_gradcheck_in_float64(way):
+    student, teacher = (random_logits(seed, dtype=torch.float64) for seed in (0, 1))
+    assert torch.autograd.gradcheck(lambda z: value_of(way, z, teacher), (student.requires_grad_(),))
 
 
-@pytest.mark.parametrize(
-    ("settings", "problem_type", "message"),
-    [
-        ({"label_smoothing": 0.1}, MULTI_LABEL, "label_smoothing is for single-label tasks; this one is multi_label"),
-        ({"class_weights": [1.0, 2.0]}, "single_label_classification", "class_weights has 2 values for 3 classes"),
-        ({"class_weights": []}, "single_label_classification", "class_weights has 0 values for 3 classes"),
-        ({"class_weights": [1.0, 2.0, 3.0]}, "regression", "class_weights are for classification"),
-    ],
-)
-def test_cross_entropy_refuses_settings_of_another_task(settings, problem_type, message):
-    with pytest.raises(ValueError, match=message):
-        bound(CrossEntropyLoss(**settings), 3, problem_type)
+@KINDS
+@CLASSIFICATION
+def test_float64_is_computed_in_float64(kind, problem_type):
+    student, teacher = (random_logits(seed, dtype=torch.float64) for seed in (0, 1))
+    value = softened(kind, student, teacher, 2.0, problem_type)
+    assert value.dtype == torch.float64
+    expected = reference_softened(kind, student, teacher, 2.0, problem_type == MULTI_LABEL)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_cross_entropy_refuses_labels_that_do_not_fit():
-    with pytest.raises(ValueError, match="needs labels; mark rows without one by -100"):
-        cross_entropy(random_logits(0), None)
-    with pytest.raises(ValueError, match=r"needs \(B,\) integer labels, got torch.float32 of shape \(5,\)"):
-        cross_entropy(random_logits(0), torch.zeros(5))
-    with pytest.raises(ValueError, match=r"got torch.int64 of shape \(5, 3\)"):
-        cross_entropy(random_logits(0), torch.zeros(5, 3, dtype=torch.long))
+# ---- what holds of each ----
 
 
-def test_cross_entropy_needs_no_teacher_and_counts_labeled_rows():
-    assert not CrossEntropyLoss.needs_teacher
-    assert CrossEntropyLoss.unit == "labeled_rows"
-    assert CrossEntropyLoss(label_smoothing=0.1).describe() == "smoothing=0.1"
-    assert CrossEntropyLoss().describe() == ""
-
-
-# ---- KL divergence ----
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1, 2.0, 10.0])
-def test_kl_equals_the_reference_and_its_gradient(temperature):
-    student, teacher = random_logits(0).requires_grad_(), random_logits(1)
-    value = kl(student, teacher, temperature)
-    assert value.item() == pytest.approx(reference_kl(student, teacher, temperature), rel=1e-4)
-    expected = numeric_gradient(lambda z: reference_kl(z, teacher, temperature), student)
-    np.testing.assert_allclose(gradient_of(value, student), expected, atol=2e-6)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_multi_label_kl_equals_the_reference_and_its_gradient(temperature):
-    student, teacher = random_logits(0).requires_grad_(), random_logits(1)
-    value = kl(student, teacher, temperature, MULTI_LABEL)
-    assert value.item() == pytest.approx(reference_binary_kl(student, teacher, temperature), rel=1e-4)
-    expected = numeric_gradient(lambda z: reference_binary_kl(z, teacher, temperature), student)
-    np.testing.assert_allclose(gradient_of(value, student), expected, atol=2e-6)
-
-
-@pytest.mark.parametrize("problem_type", ["single_label_classification", MULTI_LABEL])
-def test_kl_is_zero_at_identity_and_above_elsewhere(problem_type):
+@pytest.mark.parametrize("way", AT_IDENTITY_ZERO)
+def test_is_zero_with_its_gradient_at_identity_and_above_elsewhere(way):
     logits = random_logits(0).requires_grad_()
-    value = kl(logits, logits.detach().clone(), problem_type=problem_type)
-    assert value.item() == pytest.approx(0, abs=1e-7)
+    value = value_of(way, logits, logits.detach().clone())
+    assert value.item() == pytest.approx(0, abs=1e-6)
     assert np.abs(gradient_of(value, logits)).max() < 1e-6
-    assert kl(random_logits(0), random_logits(1), problem_type=problem_type) > 0.1
+    assert value_of(way, random_logits(0), random_logits(1)) > 0.1
+
+
+@EVERY_WAY
+def test_gives_the_student_a_gradient_and_the_teacher_none(way):
+    student, teacher = random_logits(0).requires_grad_(), random_logits(1).requires_grad_()
+    value_of(way, student, teacher).backward()
+    assert student.grad.any(dim=1).all()
+    assert teacher.grad is None
+
+
+@EVERY_WAY
+def test_order_of_rows_and_padding_change_nothing(way):
+    student, teacher, order = random_logits(0), random_logits(1), torch.tensor([3, 0, 4, 2, 1])
+    value = value_of(way, student, teacher).item()
+    assert value_of(way, student[order], teacher[order]).item() == pytest.approx(value, rel=1e-6)
+    assert value_of(way, student, teacher, mask=torch.zeros(5, 7)).item() == value
+
+
+@EVERY_WAY
+def test_order_of_classes_changes_nothing(way):
+    student, teacher, order = random_logits(0), random_logits(1), torch.tensor([2, 0, 1])
+    value = value_of(way, student, teacher).item()
+    assert value_of(way, student[:, order], teacher[:, order]).item() == pytest.approx(value, rel=1e-5)
+
+
+@EVERY_WAY
+def test_parts_of_a_batch_add_up_to_the_whole(way):
+    student, teacher = random_logits(0), random_logits(1)
+    whole = value_of(way, student, teacher).item()
+    parts = [value_of(way, student[rows], teacher[rows]).item() for rows in (slice(0, 1), slice(1, 3), slice(3, 5))]
+    assert (parts[0] + 2 * parts[1] + 2 * parts[2]) / 5 == pytest.approx(whole, rel=1e-5)
+
+
+@EVERY_WAY
+def test_counts_unlabeled_rows_and_needs_no_labels(way):
+    loss = WAYS[way][0]
+    assert loss.unit == "rows"
+    assert loss.needs_teacher
+    student, teacher = random_logits(0), random_logits(1)
+    unlabeled = value_of(way, student, teacher, torch.full((5,), -100))
+    assert unlabeled.item() == value_of(way, student, teacher).item()
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_and_gradients_are_finite_and_float32(way, scale, dtype):
+    student = (random_logits(0).sign() * scale).to(dtype).requires_grad_()
+    teacher = (random_logits(1, scale=1.0) * scale).to(dtype)
+    value = value_of(way, student, teacher)
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+    assert torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+@KINDS
+@CLASSIFICATION
+def test_bfloat16_logits_are_compared_in_float32(kind, problem_type):
+    student, teacher = random_logits(0).bfloat16(), random_logits(1).bfloat16()
+    expected = reference_softened(kind, student, teacher, 2.0, problem_type == MULTI_LABEL)
+    assert softened(kind, student, teacher, 2.0, problem_type).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("kl", 2e4 * 3), ("reverse_kl", 2e4 * 3), ("soft_ce", 2e4 * 3), ("js", math.log(2) * 9)]
+)
+def test_sure_models_that_disagree_are_compared_exactly(kind, value):
+    """At T = 3, T² · (difference of the logits / T); probabilities taken before logarithms would give infinity."""
+    student, teacher = torch.tensor([[1e4, -1e4, 0]]), torch.tensor([[-1e4, 1e4, 0]])
+    assert softened(kind, student, teacher, 3.0).item() == pytest.approx(value, rel=1e-5)
+
+
+# ---- what sets each apart, and how they hang together ----
 
 
 def test_kl_is_summed_over_classes_and_takes_the_teacher_as_the_truth():
     student = torch.tensor([[math.log(0.5), math.log(0.5)]])
     teacher = torch.tensor([[math.log(0.9), math.log(0.1)]])
-    value = kl(student, teacher, 1.0).item()
+    value = softened("kl", student, teacher, 1.0).item()
     assert value == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-5)
     swapped = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
     assert abs(value - swapped) > 0.1
-    assert kl(teacher, student, 1.0).item() == pytest.approx(swapped, rel=1e-5)
-
-
-def test_kl_does_not_change_with_a_constant_added_to_the_logits():
-    student, teacher = random_logits(0), random_logits(1)
-    assert kl(student + 3, teacher - 2).item() == pytest.approx(kl(student, teacher).item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("problem_type", ["single_label_classification", MULTI_LABEL])
-def test_temperature_squared_keeps_the_size_of_the_gradient(problem_type):
-    """For logits near zero the gradient is (z_s - z_t) / C whatever the temperature; without T² a 100th at T = 10."""
-    student, teacher = random_logits(0, scale=0.02).requires_grad_(), random_logits(1, scale=0.02)
-    cold = np.abs(gradient_of(kl(student, teacher, 1.0, problem_type), student)).sum()
-    hot = np.abs(gradient_of(kl(student, teacher, 10.0, problem_type), student)).sum()
-    assert hot == pytest.approx(cold, rel=0.02)
+    assert softened("kl", teacher, student, 1.0).item() == pytest.approx(swapped, rel=1e-5)
+    assert softened("reverse_kl", student, teacher, 1.0).item() == pytest.approx(swapped, rel=1e-5)
 
 
 def test_gradient_of_kl_is_t_times_the_difference_of_the_probabilities():
     student, teacher = random_logits(0).requires_grad_(), random_logits(1)
-    gradient = gradient_of(kl(student, teacher, 4.0), student)
-    for row in range(5):
-        p_s = np.exp(student[row].detach().double().numpy() / 4)
-        p_t = np.exp(teacher[row].double().numpy() / 4)
-        np.testing.assert_allclose(gradient[row], 4 * (p_s / p_s.sum() - p_t / p_t.sum()) / 5, atol=1e-6)
+    gradient = gradient_of(softened("kl", student, teacher, 4.0), student)
+    for row, (s, t) in enumerate(rows_of(student, teacher)):
+        p_s, p_t = np.array(answers(s, 4.0)[0]), np.array(answers(t, 4.0)[0])
+        np.testing.assert_allclose(gradient[row], 4 * (p_s - p_t) / 5, atol=1e-6)
 
 
-def test_kl_gives_the_teacher_no_gradient():
-    student, teacher = random_logits(0).requires_grad_(), random_logits(1).requires_grad_()
-    kl(student, teacher).backward()
-    assert student.grad.any()
-    assert teacher.grad is None
+@CLASSIFICATION
+def test_soft_cross_entropy_is_kl_plus_the_teachers_entropy(problem_type):
+    student, teacher = random_logits(0).requires_grad_(), random_logits(1)
+    soft, kl = (softened(kind, student, teacher, 3.0, problem_type) for kind in ("soft_ce", "kl"))
+    entropy = sum(
+        -p * math.log(p)
+        for (row,) in rows_of(teacher)
+        for choice in answers(row, 3.0, problem_type == MULTI_LABEL)
+        for p in choice
+    )
+    assert (soft - kl).item() == pytest.approx(3.0**2 * entropy / 5, rel=1e-5)
+    np.testing.assert_allclose(gradient_of(soft, student), gradient_of(kl, student), atol=1e-6)
 
 
-def test_kl_counts_unlabeled_rows_and_needs_no_labels():
-    assert KLDivergenceLoss.unit == "rows"
-    assert KLDivergenceLoss.needs_teacher
+@CLASSIFICATION
+def test_reverse_kl_is_kl_with_the_models_swapped(problem_type):
     student, teacher = random_logits(0), random_logits(1)
-    loss = bound(KLDivergenceLoss())
-    unlabeled = loss(features(student), features(teacher), torch.full((5,), -100), None)
-    assert unlabeled.item() == kl(student, teacher).item()
+    value = softened("reverse_kl", student, teacher, 2.0, problem_type)
+    assert value.item() == pytest.approx(softened("kl", teacher, student, 2.0, problem_type).item(), rel=1e-5)
+    assert abs(value.item() - softened("kl", student, teacher, 2.0, problem_type).item()) > 0.1
 
 
+@CLASSIFICATION
+def test_jensen_shannon_is_symmetric(problem_type):
+    student, teacher = random_logits(0), random_logits(1)
+    value = softened("js", student, teacher, 2.0, problem_type).item()
+    assert softened("js", teacher, student, 2.0, problem_type).item() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(("problem_type", "choices"), [(SINGLE_LABEL, 1), (MULTI_LABEL, 3)])
+def test_jensen_shannon_is_at_most_log_2_a_choice(problem_type, choices):
+    student, teacher = random_logits(0), random_logits(1)
+    assert 0 < softened("js", student, teacher, 1.0, problem_type) < math.log(2) * choices
+    apart = softened("js", torch.tensor([[90.0, -90, -90]]), torch.tensor([[-90.0, 90, 90]]), 1.0, problem_type)
+    assert apart.item() == pytest.approx(math.log(2) * choices, rel=1e-6)
+
+
+@KINDS
+def test_a_constant_added_to_the_logits_changes_nothing(kind):
+    student, teacher = random_logits(0), random_logits(1)
+    value = softened(kind, student, teacher).item()
+    assert softened(kind, student + 3, teacher - 2).item() == pytest.approx(value, rel=1e-5)
+
+
+@KINDS
+@CLASSIFICATION
+def test_temperature_squared_keeps_the_size_of_the_gradient(kind, problem_type):
+    """For logits near zero the gradient does not depend on T; without T² it is a 100th at T = 10."""
+    student, teacher = random_logits(0, scale=0.02).requires_grad_(), random_logits(1, scale=0.02)
+    cold, hot = (
+        np.abs(gradient_of(softened(kind, student, teacher, temperature, problem_type), student)).sum()
+        for temperature in (1.0, 10.0)
+    )
+    assert hot == pytest.approx(cold, rel=0.02)
+
+
+def test_kl_of_a_high_temperature_is_half_the_squared_difference_of_centred_logits():
+    student, teacher = (random_logits(seed, dtype=torch.float64) for seed in (0, 1))
+    student, teacher = (logits - logits.mean(dim=1, keepdim=True) for logits in (student, teacher))
+    mse = call(bound(LogitsMSELoss()), student, teacher).item()
+    assert softened("kl", student, teacher, 1e4).item() == pytest.approx(mse / 2, rel=1e-3)
+
+
+def test_two_classes_are_one_choice_between_yes_and_no():
+    """A softmax over (z, 0) is a sigmoid of z."""
+    student, teacher = random_logits(0, classes=1), random_logits(1, classes=1)
+    zero = torch.zeros(5, 1)
+    pairs = softened("kl", torch.cat([student, zero], 1), torch.cat([teacher, zero], 1))
+    assert softened("kl", student, teacher, problem_type=MULTI_LABEL).item() == pytest.approx(pairs.item(), rel=1e-5)
+
+
+@KINDS
+def test_standardized_is_blind_to_the_scale_and_shift_of_each_row(kind):
+    student, teacher = random_logits(0), random_logits(1)
+    factors, shifts = torch.tensor([[0.1], [1], [7], [30], [2]]), torch.tensor([[5.0], [-3], [0], [1], [100]])
+    value = softened(kind, student, teacher, standardize=True).item()
+    moved = student * factors + shifts, teacher * factors.flip(0) - shifts
+    assert softened(kind, *moved, standardize=True).item() == pytest.approx(value, rel=1e-4)
+    assert softened(kind, *moved).item() != pytest.approx(softened(kind, student, teacher).item(), rel=0.1)
+
+
+def test_standardized_equal_logits_are_a_uniform_answer():
+    student, teacher = torch.full((5, 3), 0.7).requires_grad_(), random_logits(1)
+    value = softened("kl", student, teacher, 1.0, standardize=True)
+    assert value.item() == pytest.approx(
+        softened("kl", torch.zeros(5, 3), teacher, 1.0, standardize=True).item(), rel=1e-5
+    )
+    assert np.isfinite(gradient_of(value, student)).all()
+
+
+# ---- settings ----
+
+
+@KINDS
 @pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("inf"), float("nan"), "2", True, None])
-def test_kl_refuses_a_temperature_that_is_not_above_zero(temperature):
+def test_refuses_a_temperature_that_is_not_above_zero(kind, temperature):
     with pytest.raises(ValueError, match="temperature must be > 0, got"):
-        KLDivergenceLoss(temperature)
+        SOFTENED[kind](temperature)
 
 
-def test_kl_refuses_what_it_is_not_defined_for():
-    with pytest.raises(ValueError, match="not defined for regression"):
-        bound(KLDivergenceLoss(), 1, "regression")
-    with pytest.raises(ValueError, match="at least 2 classes"):
-        bound(KLDivergenceLoss(), 1)
+@KINDS
+def test_refuses_regression_a_single_class_and_other_classes(kind):
+    loss = SOFTENED[kind]
+    with pytest.raises(ValueError, match=f"{loss.__name__} is not defined for regression, only for single_label"):
+        bound(loss(), 1, REGRESSION)
+    with pytest.raises(ValueError, match=f"{loss.__name__} needs at least 2 classes, got 1"):
+        bound(loss(), 1)
     with pytest.raises(ValueError, match=r"student logits have shape \(5, 3\), teacher logits \(5, 1\)"):
-        bound(KLDivergenceLoss())(features(random_logits(0)), features(random_logits(1, classes=1)), None, None)
+        call(bound(loss()), random_logits(0), random_logits(1, classes=1))
 
 
-def test_kl_refuses_a_teacher_of_another_kind_of_task():
+def test_logits_mse_compares_a_single_logit_too():
+    student, teacher = random_logits(0, classes=1), random_logits(1, classes=1)
+    value = call(bound(LogitsMSELoss(), 1), student, teacher)
+    assert value.item() == pytest.approx(reference_squared_error(student, teacher), rel=1e-5)
+
+
+def test_logits_mse_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"student logits have shape \(5, 3\), teacher logits \(1, 3\); both must be"):
+        call(bound(LogitsMSELoss()), random_logits(0), random_logits(1, rows=1))
+
+
+@pytest.mark.parametrize("loss", [*SOFTENED.values(), LogitsMSELoss])
+def test_refuses_a_teacher_of_another_kind_of_task(loss):
     """A softmax over a multi-label teacher's logits would be silently wrong."""
-    loss = KLDivergenceLoss()
-    with pytest.raises(ValueError, match="multi_label_classification"):
-        loss.bind(ModelShape(num_labels=3), ModelShape(num_labels=3, problem_type=MULTI_LABEL))
+    with pytest.raises(ValueError, match="the student's task is single_label_classification, the teacher's multi"):
+        loss().bind(ModelShape(num_labels=3), ModelShape(num_labels=3, problem_type=MULTI_LABEL))
 
 
-def test_kl_describes_its_temperature():
+@pytest.mark.parametrize(("classes", "problem_type"), [(2, SINGLE_LABEL), (3, MULTI_LABEL)])
+def test_refuses_to_standardize_what_leaves_only_the_sign(classes, problem_type):
+    with pytest.raises(ValueError, match=f"standardize needs a single-label task .* got {problem_type} of {classes}"):
+        bound(KLDivergenceLoss(standardize=True), classes, problem_type)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_refuses_a_standardize_that_is_neither_true_nor_false(value):
+    with pytest.raises(ValueError, match=f"standardize must be true or false, got {value!r}"):
+        KLDivergenceLoss(standardize=value)
+
+
+def test_describe_themselves():
     assert KLDivergenceLoss(2).describe() == "T=2"
-
-
-# ---- both ----
-
-
-def cases(student, teacher, labels):
-    multi_labels = torch.nn.functional.one_hot(labels.clamp(min=0), student.shape[-1]).float()
-    yield "ce", cross_entropy(student, labels)
-    yield "smoothed ce", cross_entropy(student, labels, label_smoothing=0.1)
-    yield "multi-label ce", cross_entropy(student, multi_labels, problem_type=MULTI_LABEL)
-    yield "kl", kl(student, teacher)
-    yield "multi-label kl", kl(student, teacher, problem_type=MULTI_LABEL)
-
-
-def test_the_order_of_the_batch_changes_nothing():
-    student, teacher, labels = random_logits(0), random_logits(1), torch.tensor([0, 2, -100, 1, 1])
-    order = torch.tensor([3, 0, 4, 2, 1])
-    shuffled = cases(student[order], teacher[order], labels[order])
-    for (name, value), (_, other) in zip(cases(student, teacher, labels), shuffled, strict=True):
-        assert other.item() == pytest.approx(value.item(), rel=1e-6), name
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients_are_finite_and_float32(scale, dtype):
-    student = (random_logits(0).sign() * scale).to(dtype).requires_grad_()
-    teacher = (random_logits(1).sign() * scale).to(dtype)
-    for name, value in cases(student, teacher, torch.tensor([0, 2, -100, 1, 1])):
-        assert value.dtype == torch.float32, name
-        assert value.isfinite(), name
-        assert torch.autograd.grad(value, student)[0].isfinite().all(), name
-
-
-def test_bfloat16_logits_are_compared_in_float32():
-    student, teacher = random_logits(0).bfloat16(), random_logits(1).bfloat16()
-    assert kl(student, teacher).item() == pytest.approx(reference_kl(student, teacher, 2.0), rel=1e-4)
+    assert ReverseKLLoss(0.5, standardize=True).describe() == "T=0.5, standardized"
+    assert JensenShannonLoss({"schedule": "linear", "start": 8, "end": 1}).describe() == "T=[8→1 linear]"
+    assert SoftCrossEntropyLoss().describe() == "T=2"
+    assert LogitsMSELoss().describe() == ""

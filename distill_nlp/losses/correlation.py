@@ -17,8 +17,9 @@ class DISTLoss(ResponseLoss):
 
     `T² · (β · (1 - mean_i ρ(p_s[i, :], p_t[i, :])) + γ · (1 - mean_c ρ(p_s[:, c], p_t[:, c])))` with
     `p = softmax(z / T)` and ρ Pearson's correlation: between the classes of each row, and between the rows of each
-    class. The second relates the rows of one batch to each other, so that it depends on how they are batched; it is
-    computed within a micro-batch of one rank, and is 0 for a batch of one row.
+    class; 0, without gradient, where one of the two is constant. The second relates the rows of one batch to each
+    other, so that it depends on how they are batched; it is computed within a micro-batch of one rank, says nothing
+    for a batch of two rows (ρ is ±1), and is left out for a batch of one.
     Source: Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher" (arXiv:2205.10536).
 
     Args:
@@ -79,4 +80,12 @@ class DISTLoss(ResponseLoss):
 
 def _pearson(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Pearson's correlation over the last dimension: (N, K), (N, K) -> (N,); 0 where one of them is constant."""
-    return F.cosine_similarity(x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True), dim=-1)
+    return F.cosine_similarity(_centred(x), _centred(y), dim=-1)
+
+
+def _centred(values: torch.Tensor) -> torch.Tensor:
+    """Mean 0 over the last dimension; zeros, without gradient, where all are equal."""
+    centred = values - values.mean(dim=-1, keepdim=True)
+    # Of equal numbers a rounding error is left, which normalized has a gradient of 10^7.
+    rounding = 8 * torch.finfo(values.dtype).eps * values.abs().amax(dim=-1, keepdim=True)
+    return torch.where(centred.abs().amax(dim=-1, keepdim=True) > rounding, centred, 0.0)

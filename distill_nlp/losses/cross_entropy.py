@@ -27,8 +27,8 @@ class CrossEntropyLoss(DistillationLoss):
             class's (multi-label). The mean is then over rows, not over weights, so that micro-batches add up.
 
     Shapes:
-        logits `(B, C)`; labels `(B,)` with -100 for "no label"; multi-label `(B, C)` and regression `(B,)` or
-        `(B, C)`, a row of -100 for "no label". Gives the mean over labeled rows, 0 where there is none.
+        logits `(B, C)`; labels `(B,)` with -100 for "no label"; multi-label and regression `(B, C)`, or `(B,)` of one
+        output; a row with -100 in it has no label. Gives the mean over labeled rows, 0 where there is none.
 
     Raises:
         ValueError: a setting out of range, labels that do not fit the task, label smoothing in another task.
@@ -42,9 +42,12 @@ class CrossEntropyLoss(DistillationLoss):
 
     def __init__(self, label_smoothing: float = 0.0, class_weights: list[float] | None = None) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
+        is_number = isinstance(label_smoothing, int | float) and not isinstance(label_smoothing, bool)
+        if not is_number or not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
         self.label_smoothing = float(label_smoothing)
+        if class_weights is not None and not isinstance(class_weights, list | tuple):
+            raise ValueError(f"class_weights must be a list of one number per class, got {class_weights!r}")
         for weight in class_weights or []:
             check_positive("class_weights", weight)
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
@@ -72,6 +75,7 @@ class CrossEntropyLoss(DistillationLoss):
                     f"single-label classification needs (B,) integer labels, got {labels.dtype} of shape "
                     f"{tuple(labels.shape)}; set the student's config.problem_type for another task"
                 )
+            labels = labels.long()
             labeled = labels != IGNORE_INDEX
             rows = F.cross_entropy(
                 logits, labels, reduction="none", ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing
@@ -79,9 +83,14 @@ class CrossEntropyLoss(DistillationLoss):
             if self.class_weights is not None:
                 rows = rows * self.class_weights[labels.clamp(min=0)]
         else:
-            targets = labels.to(logits.dtype).view(logits.shape)
+            if labels.shape != logits.shape and (*labels.shape, 1) != tuple(logits.shape):
+                # A view would take labels of (C, B) for those of other rows.
+                raise ValueError(
+                    f"{self.problem_type} needs labels of shape {tuple(logits.shape)} as the logits, got "
+                    f"{tuple(labels.shape)}"
+                )
+            targets = labels.to(logits.dtype).reshape(logits.shape)
             labeled = (targets != IGNORE_INDEX).all(dim=1)
-            targets = torch.where(labeled[:, None], targets, 0.0)
             if self.problem_type == "regression":
                 rows = (logits - targets).square().mean(dim=1)
             else:
@@ -93,4 +102,7 @@ class CrossEntropyLoss(DistillationLoss):
         return (rows * labeled).sum() / labeled.sum().clamp(min=1)
 
     def describe(self) -> str:
-        return f"smoothing={self.label_smoothing:g}" if self.label_smoothing else ""
+        settings = [f"smoothing={self.label_smoothing:g}"] if self.label_smoothing else []
+        if self.class_weights is not None:
+            settings.append("weights=" + "/".join(f"{weight:g}" for weight in self.class_weights.tolist()))
+        return ", ".join(settings)

@@ -30,7 +30,8 @@ class DecoupledKDLoss(ResponseLoss):
         both logits `(B, C)`, C >= 3 (of two classes nothing is left to compare among the others); labels `(B,)`.
 
     Raises:
-        ValueError: a setting out of range, fewer than 3 classes, a task that is not single-label, labels missing.
+        ValueError: a setting out of range, fewer than 3 classes, a task that is not single-label, labels missing or of
+            another kind.
 
     Example:
         >>> loss = DecoupledKDLoss(temperature=4.0, alpha=1.0, beta=8.0)
@@ -66,8 +67,12 @@ class DecoupledKDLoss(ResponseLoss):
             labels = teacher_logits.argmax(dim=-1)
         elif labels is None:
             raise ValueError('DecoupledKDLoss needs labels; mark rows without one by -100, or set target to "teacher"')
+        elif labels.is_floating_point() or labels.dim() != 1:
+            raise ValueError(
+                f"DecoupledKDLoss needs (B,) integer labels, got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
         has_target = labels != IGNORE_INDEX  # (B,)
-        target = labels.clamp(min=0)[:, None]  # (B, 1)
+        target = labels.long().clamp(min=0)[:, None]  # (B, 1)
         temperature = self.temperature(student_logits, teacher_logits)
         target_s, others_s = _decouple(student_logits / temperature, target)
         target_t, others_t = _decouple(teacher_logits / temperature, target)
@@ -77,7 +82,8 @@ class DecoupledKDLoss(ResponseLoss):
         return (rows * temperature**2 * has_target).sum() / has_target.sum().clamp(min=1)
 
     def describe(self) -> str:
-        return f"T={self.temperature}, α={self.alpha:g}, β={self.beta:g}"
+        target = "" if self.target == "label" else f", target={self.target}"
+        return f"T={self.temperature}, α={self.alpha:g}, β={self.beta:g}{target}"
 
 
 def _decouple(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

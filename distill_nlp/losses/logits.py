@@ -158,7 +158,7 @@ class ReverseKLLoss(SoftenedLoss):
 
 
 class JensenShannonLoss(SoftenedLoss):
-    """The symmetric divergence, which stays below log 2 however far apart the two are.
+    """The symmetric divergence, which is at most log 2 (before T²) however far apart the two are.
 
     `T² · ½ (KL(p_t ‖ m) + KL(p_s ‖ m))` with `m = ½ (p_s + p_t)` and `p = softmax(z / T)`, summed over classes, a mean
     over rows.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from distill_nlp.losses.base import check_choice, check_positive
-from distill_nlp.schedules import Schedule, Setting, build_schedule
+from distill_nlp.schedules import KINDS, Schedule, Setting, build_schedule
 
 PER_ROW = ("flsw", "cwsm")
 
@@ -32,8 +32,10 @@ class Temperature:
     def __init__(self, setting: Setting) -> None:
         self.per_row: str | None = None
         self.beta, self.gamma = 1.0, 1.0
-        if isinstance(setting, Mapping) and setting.get("schedule") in PER_ROW:
-            self.per_row = check_choice("temperature.schedule", setting["schedule"], PER_ROW)
+        if not isinstance(setting, Mapping):
+            self.schedule = build_schedule(check_positive("temperature", setting), "temperature")
+        elif check_choice("temperature.schedule", setting.get("schedule"), (*KINDS, *PER_ROW)) in PER_ROW:
+            self.per_row = setting["schedule"]
             known = {"schedule", "value", "beta"} | ({"gamma"} if self.per_row == "flsw" else set())
             if unknown := [name for name in setting if name not in known]:
                 raise ValueError(f"temperature: {self.per_row} takes {', '.join(sorted(known))}, not {unknown[0]!r}")
@@ -46,10 +48,10 @@ class Temperature:
             if self.per_row == "flsw":
                 self._check_range(2**self.gamma)
         else:
-            if not isinstance(setting, Mapping):
-                check_positive("temperature", setting)
             self.schedule = build_schedule(setting, "temperature")
-            check_positive("temperature", self.schedule.lowest)
+            if self.schedule.lowest <= 0:
+                hint = "; a range is 0 elsewhere unless outside is given" if self.schedule.kind == "range" else ""
+                raise ValueError(f"temperature must be > 0, but {self.schedule} reaches {self.schedule.lowest:g}{hint}")
         self._now = self.schedule(0.0)
 
     def check_classes(self, classes: int) -> None:
