@@ -1,15 +1,15 @@
-"""Hidden states and attention inputs of chosen layers, with the model on fused (SDPA) attention.
+"""Hidden states and attention inputs of chosen layers, with the model on fused attention (SDPA or flash).
 
 Transformers returns attention maps only in eager mode, and there after dropout. Here the model's attention function is
-replaced by one that runs SDPA unchanged and, inside `forward_with_features`, keeps the queries, keys and values of the
+wrapped by one that runs it unchanged and, inside `forward_with_features`, keeps the queries, keys and values of the
 layers asked for; a loss computes the maps it needs from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import threading
+from collections.abc import Callable
+from functools import reduce, wraps
 from typing import Any
 
 import torch
@@ -17,10 +17,15 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import output_capturing
 
 from distill_nlp.outputs import AttentionInputs, Features
 
 ATTENTION_NAME = "distill_nlp_sdpa"
+
+# `output_hidden_states=[0, 3]` keeps those two, in their places. Transformers before this function either keep all, or
+# count a list in another way.
+_SELECTS_HIDDEN_STATES = hasattr(output_capturing, "selected_hidden_states")
 
 
 class _Collector:
@@ -32,61 +37,85 @@ class _Collector:
         self.attentions: dict[int, AttentionInputs] = {}
 
 
-_active: ContextVar[_Collector | None] = ContextVar("distill_nlp_collector", default=None)
+class _Active(threading.local):
+    """The collectors of the forward passes that this thread is in, the innermost last.
+
+    torch.compile traces a list of a thread. A `ContextVar` it does not, nor does PyTorch 2.8 a single collector.
+    """
+
+    def __init__(self) -> None:
+        self.collectors: list[_Collector] = []
 
 
-def _capturing_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    collector = _active.get()
-    if collector is not None:
-        collector.calls += 1
-        if collector.calls in collector.layers:
-            inputs = _attention_inputs(module, query, key, value, attention_mask, scaling, **kwargs)
-            collector.attentions[collector.calls] = inputs
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+_active = _Active()
 
 
-def _attention_inputs(module, query, key, value, mask, scaling, is_causal=None, position_bias=None, **kwargs):
-    """What the map can be computed again from: all that SDPA would otherwise do by itself is done here."""
-    if position_bias is not None:
-        raise ValueError(
-            f"{type(module).__name__} adds a position bias to its scores, so that its map does not follow from queries "
-            "and keys; use hidden-state losses or losses of the logits for it"
-        )
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is None and is_causal:
-        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
+def _capturing(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The attention function `attend`, which hands what it gets to the collector as well."""
+
+    @wraps(attend)
+    def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+        if _active.collectors:
+            collector = _active.collectors[-1]
+            collector.calls += 1
+            if collector.calls in collector.layers:
+                inputs = _attention_inputs(module, query, key, value, attention_mask, scaling, **kwargs)
+                collector.attentions[collector.calls] = inputs
+        return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+    attention.is_capturing = True
+    return attention
+
+
+def _attention_inputs(module, query, key, value, mask, scaling, is_causal=None, sliding_window=None, **kwargs):
+    """What the map can be computed again from: all that the attention function would do by itself is done here."""
+    for name in ("position_bias", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} changes its scores by {name}, so that its map does not follow from queries "
+                "and keys; use hidden-state losses or losses of the logits for it"
+            )
+    if mask is None or mask.dim() == 2:
+        # Only a mask of 4 dimensions spells causality and the window out; that of flash attention is (B, S).
+        limits = [] if mask is None else [mask[:, None, None, :].bool()]
+        positions = torch.arange(query.shape[2], device=query.device)
+        distance = (positions[:, None] - positions)[None, None]
+        if getattr(module, "is_causal", True) if is_causal is None else is_causal:
+            limits.append(distance >= 0)
+        if sliding_window is not None:
+            limits.append(distance.abs() < sliding_window)
+        mask = reduce(torch.logical_and, limits) if limits else None
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return AttentionInputs(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
-AttentionInterface.register(ATTENTION_NAME, _capturing_attention)
+AttentionInterface.register(ATTENTION_NAME, _capturing(sdpa_attention_forward))
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def enable_attention_capture(model: nn.Module) -> None:
-    """Puts the model on the capturing attention function. Its outputs stay those of SDPA.
+    """Makes the model's queries, keys and values available to `forward_with_features`.
+
+    A model on flash attention stays on it; any other goes to SDPA, whose outputs are those of eager attention.
 
     Raises:
         ValueError: the model does not go through Transformers' attention interface.
     """
+    functions = AttentionInterface()
     if isinstance(model, PreTrainedModel) and model._can_set_attn_implementation():
-        model.set_attn_implementation(ATTENTION_NAME)
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) != ATTENTION_NAME:
+        name = model.config._attn_implementation
+        if "flash" not in str(name):
+            model.set_attn_implementation(ATTENTION_NAME)
+        elif not hasattr(functions[name], "is_capturing"):
+            # Under its own name: Transformers finds the kernel, and makes the mask, by the name in the config.
+            AttentionInterface.register(name, _capturing(functions[name]))
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if not hasattr(functions.get(name), "is_capturing"):
         raise ValueError(
             f"{type(model).__name__} does not use Transformers' attention interface, so that its queries and keys "
             "cannot be captured; use hidden-state losses or losses of the logits for it"
         )
-
-
-@contextmanager
-def _collecting(layers: set[int]) -> Iterator[_Collector]:
-    collector = _Collector(layers)
-    token = _active.set(collector)
-    try:
-        yield collector
-    finally:
-        _active.reset(token)
 
 
 def forward_with_features(
@@ -97,16 +126,23 @@ def forward_with_features(
     Args:
         model: gives an object with `.logits`, a dict with "logits", or the logits themselves.
         inputs: its keyword arguments.
-        hidden_state_layers: 0 is the embeddings' output, n the output of block n.
+        hidden_state_layers: 0 is the embeddings' output, n the output of block n; the last as Transformers gives it,
+            after the final norm of a model that has one.
         attention_layers: n is block n; the model must have gone through `enable_attention_capture`.
 
     Raises:
         ValueError: the model gave fewer layers than asked for.
     """
     if hidden_state_layers:
-        inputs = {**inputs, "output_hidden_states": True}
-    with _collecting(attention_layers) as collector:
+        # A model with a loop of its own over its layers takes the list for True, and keeps all.
+        wanted = sorted(hidden_state_layers) if _SELECTS_HIDDEN_STATES else True
+        inputs = {**inputs, "output_hidden_states": wanted}
+    collector = _Collector(attention_layers)
+    _active.collectors.append(collector)
+    try:
         outputs = model(**inputs)
+    finally:
+        _active.collectors.pop()
     name = type(model).__name__
 
     hidden_states = {}

@@ -1,7 +1,10 @@
 """Hidden states and attention inputs, against what the models give by themselves."""
 
 import copy
+import gc
 import json
+import threading
+import weakref
 
 import pytest
 import torch
@@ -20,22 +23,31 @@ from helpers import (
 from torch import nn
 from transformers import (
     AlbertConfig,
+    AttentionInterface,
     AutoModelForSequenceClassification,
+    DebertaConfig,
     DebertaV2Config,
     ElectraConfig,
     GPT2Config,
+    ModernBertConfig,
+    MPNetConfig,
     Qwen2Config,
     RobertaConfig,
+    XLMRobertaConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from distill_nlp import AttentionLoss, DistillationModel, DistillationObjective
 from distill_nlp.capture import (
+    _SELECTS_HIDDEN_STATES,
+    ATTENTION_NAME,
     _active,
-    _capturing_attention,
+    _capturing,
     enable_attention_capture,
     forward_with_features,
     logits_of,
 )
+from distill_nlp.losses import ModelShape
 from distill_nlp.losses.maps import log_attention_map
 from distill_nlp.modeling import accepted_arguments
 
@@ -53,9 +65,14 @@ CONFIGS = {
     "bert": bert_config(),
     "distilbert": distilbert_config(),
     "roberta": RobertaConfig(**SIZES, pad_token_id=0, bos_token_id=2, eos_token_id=3),
+    "xlm-roberta": XLMRobertaConfig(**SIZES, pad_token_id=0, bos_token_id=2, eos_token_id=3),
     "electra": ElectraConfig(**SIZES, embedding_size=16),
     # All blocks share one set of weights: a layer cannot be told by its module.
     "albert": AlbertConfig(**SIZES, embedding_size=16),
+    # Rotary positions; of its layers the first sees all tokens, the others 4 to each side, fewer than a text has.
+    "modernbert": ModernBertConfig(
+        **SIZES, local_attention=8, **dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 0), eos_token_id=3
+    ),
     # Causal, which SDPA is told by a flag where nothing is padded; in the second, heads share their keys.
     "gpt2": GPT2Config(
         vocab_size=100, n_embd=32, n_layer=3, n_head=4, n_positions=40, initializer_range=0.2, pad_token_id=0
@@ -66,16 +83,23 @@ BLOCKS = {
     "bert": "bert.encoder.layer",
     "distilbert": "distilbert.transformer.layer",
     "roberta": "roberta.encoder.layer",
+    "xlm-roberta": "roberta.encoder.layer",
+    "modernbert": "model.layers",
     "electra": "electra.encoder.layer",
 }
 FAMILIES = pytest.mark.parametrize("family", list(CONFIGS))
 
 
-def build(family, implementation):
+def build(family, implementation, seed=7):
     config = copy.deepcopy(CONFIGS[family])
     return seeded(
-        7, lambda: AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
+        seed, lambda: AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
     ).eval()
+
+
+def skip_where_it_cannot_be_captured(model):
+    if not model._can_set_attn_implementation():
+        pytest.skip("in this version of Transformers the family is not on the attention interface")
 
 
 def inputs_for(model, padded=True):
@@ -88,6 +112,7 @@ def inputs_for(model, padded=True):
 @pytest.mark.parametrize("padded", [True, False])
 def test_recomputed_maps_equal_those_of_eager_attention(family, padded):
     eager, fused = build(family, "eager"), build(family, "sdpa")
+    skip_where_it_cannot_be_captured(fused)
     inputs = inputs_for(eager, padded)
     assert (inputs["attention_mask"] == 0).any() == padded
     depth = eager.config.num_hidden_layers
@@ -104,9 +129,61 @@ def test_recomputed_maps_equal_those_of_eager_attention(family, padded):
     assert (expected[0] - expected[1]).abs().max() > 0.01
 
 
+def eager_attention_loss(student_maps, teacher_maps, mask):
+    """KL(teacher ‖ student) of maps of eager attention: over keys, then the mean over heads, real tokens and rows."""
+    total = 0.0
+    for p, q in zip(student_maps, teacher_maps, strict=True):
+        terms = torch.where(q > 0, q * (q / p.clamp(min=1e-300)).clamp(min=1e-300).log(), torch.zeros_like(q))
+        tokens = terms.sum(dim=-1).mean(dim=1) * mask
+        total = total + (tokens.sum(dim=1) / mask.sum(dim=1)).mean()
+    return total / len(student_maps)
+
+
+@FAMILIES
+def test_the_attention_loss_and_its_gradients_are_those_of_eager_maps(family):
+    eager, fused = (build(family, name, seed=3).double() for name in ("eager", "sdpa"))
+    teacher, eager_teacher = (build(family, name, seed=4).double() for name in ("sdpa", "eager"))
+    skip_where_it_cannot_be_captured(fused)
+    inputs = inputs_for(eager)
+    mask = inputs["attention_mask"]
+    # Eager attention in float64 gives NaN where a padded token has no real one in its window.
+    mask[:, :8] = 1
+    depth = eager.config.num_hidden_layers
+    layers = set(range(1, depth + 1))
+    expected = eager_attention_loss(
+        eager(**inputs, output_attentions=True).attentions,
+        [maps.detach() for maps in eager_teacher(**inputs, output_attentions=True).attentions],
+        mask,
+    )
+    expected.backward()
+
+    for model in (fused, teacher):
+        enable_attention_capture(model)
+    loss = AttentionLoss(layers=[[layer, layer] for layer in sorted(layers)])
+    loss.bind(ModelShape.from_config(fused.config), ModelShape.from_config(teacher.config))
+    with torch.no_grad():
+        target = forward_with_features(teacher, inputs, set(), layers)
+    value = loss(forward_with_features(fused, inputs, set(), layers), target, None, mask)
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert value.item() > 0.01
+    reached = 0
+    for (name, parameter), other in zip(fused.named_parameters(), eager.parameters(), strict=True):
+        if other.grad is None or not other.grad.any():
+            # A branch that the maps do not depend on.
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        difference = (parameter.grad - other.grad).norm()
+        # A key's bias shifts all scores of a query alike: its gradient is zero but for rounding.
+        assert difference <= 1e-5 * other.grad.norm() + 1e-12, name
+        reached += 1
+    assert reached > depth
+
+
 @FAMILIES
 def test_logits_are_those_of_the_model_as_it_was(family):
     eager, fused, captured = build(family, "eager"), build(family, "sdpa"), build(family, "sdpa")
+    skip_where_it_cannot_be_captured(captured)
     enable_attention_capture(captured)
     inputs = inputs_for(eager)
     with torch.no_grad():
@@ -139,8 +216,11 @@ def test_hidden_state_zero_is_the_embeddings_and_n_is_block_n(family, training):
         block.register_forward_hook(keep(number))
     found = forward_with_features(model, inputs_for(model), set(range(len(blocks) + 1)), set()).hidden_states
     assert set(found) == set(seen)
+    if family == "modernbert":
+        seen[len(blocks)] = model.model.final_norm(seen[len(blocks)])
     for layer, expected in seen.items():
         torch.testing.assert_close(found[layer], expected, rtol=0, atol=0)
+        assert found[layer].requires_grad
 
 
 def test_only_the_layers_asked_for_are_kept():
@@ -152,6 +232,180 @@ def test_only_the_layers_asked_for_are_kept():
     none = forward_with_features(model, inputs_for(model), set(), set())
     assert none.hidden_states == {}
     assert none.attentions == {}
+
+
+@pytest.mark.skipif(not _SELECTS_HIDDEN_STATES, reason="this version of Transformers keeps the states of all layers")
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+def test_states_of_other_layers_are_free_as_soon_as_the_model_is_through(family):
+    model = build(family, "sdpa")
+    blocks = model.get_submodule(BLOCKS[family])
+    outputs = {}
+    for number, block in enumerate(blocks, start=1):
+        block.register_forward_hook(lambda module, args, output, n=number: outputs.update({n: weakref.ref(output)}))
+    alive = {}
+
+    def look(module, args):
+        gc.collect()
+        alive.update({number: reference() is not None for number, reference in outputs.items()})
+
+    model.classifier.register_forward_pre_hook(look)
+    with torch.no_grad():
+        found = forward_with_features(model, inputs_for(model), {1}, set())
+    assert set(found.hidden_states) == {1}
+    assert alive[1]
+    assert not any(alive[number] for number in range(2, len(blocks)))
+    assert len(alive) == len(blocks)
+
+
+def test_the_last_hidden_state_and_a_single_one_are_found():
+    model = build("bert", "sdpa")
+    inputs = inputs_for(model)
+    expected = model(**inputs, output_hidden_states=True).hidden_states
+    for layers in ({0}, {3}, {4}, {2, 4}):
+        found = forward_with_features(model, inputs, layers, set()).hidden_states
+        assert set(found) == layers
+        for layer in layers:
+            torch.testing.assert_close(found[layer], expected[layer], rtol=0, atol=0)
+
+
+def dense_mask(mask, tokens, is_causal, sliding_window):
+    """Loops: which query may see which key, from what flash attention is told."""
+    rows = 1 if mask is None else len(mask)
+    seen = torch.zeros(rows, 1, tokens, tokens, dtype=torch.bool)
+    for b in range(rows):
+        for i in range(tokens):
+            for j in range(tokens):
+                real = mask is None or bool(mask[b, j])
+                near = sliding_window is None or abs(i - j) <= sliding_window - 1
+                seen[b, 0, i, j] = real and near and not (is_causal and j > i)
+    return seen
+
+
+@pytest.fixture
+def flash_calls(monkeypatch):
+    """A stand-in for flash attention, which gets a mask of two dimensions or none; counts its calls."""
+    calls = []
+
+    def flash(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+        assert attention_mask is None or attention_mask.dim() == 2
+        assert module.config._attn_implementation == "flash_attention_2"
+        calls.append(attention_mask)
+        is_causal = module.is_causal if is_causal is None else is_causal
+        mask = dense_mask(attention_mask, query.shape[2], is_causal, kwargs.get("sliding_window"))
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=False)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert", "gpt2", "qwen2"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_model_on_flash_attention_stays_on_it(flash_calls, family, padded):
+    eager, model = build(family, "eager"), build(family, "sdpa")
+    skip_where_it_cannot_be_captured(model)
+    # As `attn_implementation="flash_attention_2"` leaves it where that package is installed.
+    model.config._attn_implementation_internal = "flash_attention_2"
+    enable_attention_capture(model)
+    enable_attention_capture(model)
+    assert model.config._attn_implementation == "flash_attention_2"
+    inputs = inputs_for(eager, padded)
+    depth = eager.config.num_hidden_layers
+    layers = set(range(1, depth + 1))
+    with torch.no_grad():
+        expected = eager(**inputs, output_attentions=True)
+        found = forward_with_features(model, inputs, set(), layers)
+    assert len(flash_calls) == depth
+    assert (flash_calls[0] is not None) == padded
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
+    real = inputs["attention_mask"].bool()
+    for layer in layers:
+        maps = log_attention_map(found.attentions[layer]).exp()
+        assert (maps - expected.attentions[layer - 1]).abs().transpose(1, 2)[real].max() < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_model_on_any_other_attention_goes_to_sdpa(implementation):
+    model = build("bert", implementation)
+    enable_attention_capture(model)
+    enable_attention_capture(model)
+    assert model.config._attn_implementation == ATTENTION_NAME
+    found = forward_with_features(model, inputs_for(model), set(), {4})
+    assert set(found.attentions) == {4}
+
+
+def test_another_thread_does_not_see_the_collector():
+    """Replicas of one process (DataParallel) run at the same time, each with its own."""
+    model, other = build("bert", "sdpa"), build("distilbert", "sdpa")
+    for each in (model, other):
+        enable_attention_capture(each)
+
+    def run_other(*_):
+        thread = threading.Thread(target=lambda: other(**inputs_for(other)))
+        thread.start()
+        thread.join()
+
+    model.bert.encoder.layer[1].register_forward_pre_hook(run_other)
+    found = forward_with_features(model, inputs_for(model), set(), {2, 3})
+    torch.testing.assert_close(
+        found.attentions[3].query,
+        forward_with_features(build_enabled("bert"), inputs_for(model), set(), {3}).attentions[3].query,
+    )
+    assert found.attentions[2].query.shape[1] == 4
+
+
+def build_enabled(family):
+    model = build(family, "sdpa")
+    enable_attention_capture(model)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_a_compiled_model_gives_the_same_inputs_of_its_attention_each_time(family):
+    model = build_enabled(family)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+    # Without collecting, then other layers and other texts through what is compiled already.
+    for rows, layers in ((range(4), set()), (range(4), {1, 2}), (range(4, 8), {1, 2}), (range(4), {2})):
+        batch = make_batch(rows=rows, width=12)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            expected = forward_with_features(model, inputs, layers, layers)
+            found = forward_with_features(compiled, inputs, layers, layers)
+        torch.testing.assert_close(found.logits, expected.logits)
+        assert set(found.attentions) == set(found.hidden_states) == layers
+        for layer in layers:
+            torch.testing.assert_close(found.hidden_states[layer], expected.hidden_states[layer])
+            for name in ("query", "key", "value", "mask"):
+                torch.testing.assert_close(
+                    getattr(found.attentions[layer], name), getattr(expected.attentions[layer], name)
+                )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step_gives_the_same_loss_and_gradients(backend):
+    def step(compile_model):
+        torch._dynamo.reset()
+        teacher = build_enabled("bert")
+        with torch.no_grad():
+            target = forward_with_features(teacher, inputs_for(teacher), {2, 4}, {2, 4})
+        objective = DistillationObjective(all_losses(), ALL_WEIGHTS)
+        model = seeded(5, lambda: DistillationModel(make_student(dropout=0.0), objective, teacher.config)).train()
+        run = torch.compile(model, backend=backend) if compile_model else model
+        for _ in range(2):
+            model.zero_grad()
+            output = run(teacher=target, **make_batch())
+            output.loss.backward()
+        return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain_output, plain = step(False)
+    output, compiled = step(True)
+    assert output.loss.item() == pytest.approx(plain_output.loss.item(), rel=1e-5)
+    for name, term in plain_output.terms.items():
+        assert output.terms[name].item() == pytest.approx(term.item(), rel=1e-5)
+    assert any("q_lin.weight" in name and grad.any() for name, grad in compiled.items())
+    assert largest_difference(plain, compiled) < 1e-5
 
 
 def test_attention_dropout_does_not_reach_the_map():
@@ -236,28 +490,79 @@ def test_reentrant_checkpointing_does_not_lose_the_attention_gradient_silently()
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def test_deberta_is_refused_by_name_in_one_line():
-    config = DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"])
-    model = AutoModelForSequenceClassification.from_config(config)
+# Their scores hold relative positions; each has its own loop over its layers.
+REFUSED = {
+    "Deberta": DebertaConfig(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "DebertaV2": DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "MPNet": MPNetConfig(**SIZES),
+}
+
+
+@pytest.mark.parametrize("family", list(REFUSED))
+def test_models_with_attention_of_their_own_are_refused_by_name_in_one_line(family):
+    model = seeded(7, lambda: AutoModelForSequenceClassification.from_config(copy.deepcopy(REFUSED[family])))
     with pytest.raises(
-        ValueError, match=r"^DebertaV2ForSequenceClassification does not use .* attention interface"
+        ValueError, match=rf"^{family}ForSequenceClassification does not use .* interface, so that"
     ) as e:
         enable_attention_capture(model)
     assert "\n" not in str(e.value)
-    # Hidden states need no capture.
-    assert set(forward_with_features(model.eval(), inputs_for(model), {0, 3}, set()).hidden_states) == {0, 3}
+
+
+@pytest.mark.parametrize("family", list(REFUSED))
+def test_hidden_states_of_models_with_a_loop_of_their_own(family):
+    model = seeded(7, lambda: AutoModelForSequenceClassification.from_config(copy.deepcopy(REFUSED[family]))).eval()
+    inputs = inputs_for(model)
+    expected = model(**inputs, output_hidden_states=True)
+    found = forward_with_features(model, inputs, {0, 3}, set())
+    assert set(found.hidden_states) == {0, 3}
+    for layer, states in found.hidden_states.items():
+        torch.testing.assert_close(states, expected.hidden_states[layer], rtol=0, atol=0)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0)
 
 
 def test_a_position_bias_is_refused_because_the_map_does_not_follow_from_queries_and_keys():
     class T5Attention(nn.Module):
-        def forward(self, **kwargs):
+        def forward(self, **changes):
             tensor = torch.randn(1, 2, 3, 4)
-            bias = torch.zeros(1, 2, 3, 3)
-            return _capturing_attention(self, tensor, tensor, tensor, None, is_causal=False, position_bias=bias)
+            return _capturing(lambda module, query, *_, **__: query)(self, tensor, tensor, tensor, None, **changes)
 
-    with pytest.raises(ValueError, match="T5Attention adds a position bias to its scores"):
-        forward_with_features(T5Attention(), {}, set(), {1})
-    assert torch.is_tensor(forward_with_features(T5Attention(), {}, set(), set()).logits)
+    for name, value in {"position_bias": torch.zeros(1, 2, 3, 3), "softcap": 30.0, "s_aux": torch.zeros(2)}.items():
+        with pytest.raises(ValueError, match=f"T5Attention changes its scores by {name}, so that"):
+            forward_with_features(T5Attention(), {name: value}, set(), {1})
+        assert torch.is_tensor(forward_with_features(T5Attention(), {name: value}, set(), set()).logits)
+        assert set(forward_with_features(T5Attention(), {name: None}, set(), {1}).attentions) == {1}
+
+
+@pytest.mark.parametrize("is_causal", [True, False, None])
+@pytest.mark.parametrize("scaling", [0.7, None])
+@pytest.mark.parametrize("module_is_causal", [True, False])
+def test_scaling_and_causality_are_those_of_the_call_or_else_of_sdpa_and_the_module(
+    is_causal, scaling, module_is_causal
+):
+    """In float64: softmax over the keys of scaled scores, times values, is what SDPA gave."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 4, 3, dtype=torch.float64, generator=generator) for _ in range(3))
+
+    class Attention(nn.Module):
+        def forward(self):
+            self.is_causal = module_is_causal
+            attend = _capturing(sdpa_attention_forward)
+            return attend(self, query, key, value, None, scaling=scaling, is_causal=is_causal)
+
+    found = forward_with_features(Attention(), {}, set(), {1})
+    expected = log_attention_map(found.attentions[1]).exp() @ value
+    torch.testing.assert_close(expected.transpose(1, 2), found.logits)
+
+
+def test_dropout_is_that_of_sdpa():
+    plain, captured = build("distilbert", "sdpa").train(), build_enabled("distilbert").train()
+    inputs = inputs_for(plain)
+    logits = []
+    for model in (plain, captured):
+        torch.manual_seed(0)
+        logits.append(model(**inputs).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+    assert (logits[0] - plain.eval()(**inputs).logits).abs().max() > 1e-3
 
 
 def test_a_module_that_is_no_transformers_model_is_refused_by_name():
@@ -292,9 +597,9 @@ def test_nothing_is_collected_outside_nor_after_an_error():
     enable_attention_capture(model)
     with pytest.raises(AttributeError):
         forward_with_features(model, {"input_ids": "no tensor"}, set(), {1})
-    assert _active.get() is None
+    assert _active.collectors == []
     model(**inputs_for(model))
-    assert _active.get() is None
+    assert _active.collectors == []
 
 
 def test_two_models_may_capture_one_inside_the_other():

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from helpers import attention_inputs, features, numeric_gradient, reference_attention
+from helpers import attention_inputs, features, numeric_gradient, reference_attention, reference_map
+from references_attention import reference_attention_heads
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_nlp.losses import AttentionLoss, ModelShape
+from distill_nlp.losses import AttentionLoss, ModelShape, chunking
 from distill_nlp.losses.maps import log_attention_map
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -20,6 +22,19 @@ def shape(heads, layers):
 def query_and_key(seed, heads, size, tokens=4, rows=2):
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(rows, heads, tokens, size, generator=generator) * 1.5 for _ in range(2))
+
+
+BY_HEADS = pytest.mark.parametrize(
+    ("kind", "heads", "student_heads", "teacher_heads"),
+    [
+        ("kl", "each", 3, 3),
+        ("kl", "mean", 3, 3),
+        ("kl", "mean", 2, 3),
+        ("mse", "each", 3, 3),
+        ("mse", "mean", 3, 2),
+        ("mse", "sum", 3, 3),
+    ],
+)
 
 
 def bound(student_heads=2, teacher_heads=2, **settings):
@@ -79,6 +94,28 @@ def test_the_teacher_gets_no_gradient(kind, student_heads, teacher_heads):
     call(bound(student_heads, teacher_heads, kind=kind), student, teacher).backward()
     assert all(tensor.grad.any() for tensor in student)
     assert all(tensor.grad is None for tensor in teacher)
+
+
+def saved_tensors(loss, student, teacher) -> int:
+    count = 0
+
+    def pack(tensor):
+        nonlocal count
+        count += 1
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(loss, student, teacher)
+    return count
+
+
+@BY_HEADS
+def test_no_graph_of_the_teacher_is_built(kind, heads, student_heads, teacher_heads):
+    loss = bound(student_heads, teacher_heads, kind=kind, heads=heads)
+    student = tuple(tensor.requires_grad_() for tensor in query_and_key(0, student_heads, 3))
+    teacher = query_and_key(1, teacher_heads, 5)
+    expected = saved_tensors(loss, student, teacher)
+    assert saved_tensors(loss, student, tuple(tensor.requires_grad_() for tensor in teacher)) == expected > 0
 
 
 @KINDS
@@ -187,6 +224,26 @@ def test_the_map_is_the_softmax_of_scaled_scores_and_masked_keys_get_nothing():
     torch.testing.assert_close(log_map.exp().sum(dim=-1), torch.ones(2, 2, 4))
 
 
+@pytest.mark.parametrize("form", [boolean, additive])
+def test_masked_keys_get_nothing_however_low_the_others_score(form):
+    query, key = torch.full((1, 1, 4, 1), 100.0), torch.full((1, 1, 4, 1), -100.0)
+    maps = log_attention_map(attention_inputs(query, key, form(MASK[1:]))).exp()
+    torch.testing.assert_close(maps, torch.tensor([0.5, 0.5, 0.0, 0.0]).expand(1, 1, 4, 4))
+
+
+@KINDS
+def test_one_mask_may_serve_the_whole_batch(monkeypatch, kind):
+    monkeypatch.setattr(chunking, "ELEMENTS_PER_CHUNK", 1)
+    student, teacher = query_and_key(0, 2, 3), query_and_key(1, 2, 5)
+    causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+
+    def value(mask):
+        sides = (features(attentions={n: attention_inputs(*pair, mask)}) for n, pair in ((2, student), (4, teacher)))
+        return bound(kind=kind)(*sides, None, None).item()
+
+    assert value(causal) == pytest.approx(value(causal.expand(2, -1, -1, -1)), rel=1e-6)
+
+
 def test_the_mean_is_over_layer_pairs():
     pairs = [(1, 1), (2, 3)]
     student = {s: query_and_key(s, 2, 3) for s, _ in pairs}
@@ -226,6 +283,186 @@ def test_refuses_models_without_layers_and_sequences_of_different_lengths():
         )
 
 
+@BY_HEADS
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 3])
+def test_every_way_to_take_the_heads_equals_the_reference_in_chunks(
+    monkeypatch, kind, heads, student_heads, teacher_heads, rows_per_chunk
+):
+    monkeypatch.setattr(chunking, "ELEMENTS_PER_CHUNK", rows_per_chunk * max(student_heads, teacher_heads) * 4**2)
+    mask = torch.cat([MASK, torch.tensor([[0, 1, 1, 1]])])
+    student = tuple(t.double().requires_grad_() for t in query_and_key(0, student_heads, 3, rows=3))
+    teacher = tuple(t.double() for t in query_and_key(1, teacher_heads, 5, rows=3))
+    value = call(bound(student_heads, teacher_heads, kind=kind, heads=heads), student, teacher, mask)
+    value.backward()
+    assert value.dtype == torch.float64
+    expected = reference_attention_heads(student, teacher, mask, kind, heads)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+    for i, tensor in enumerate(student):
+
+        def changed(array, i=i):
+            pair = [array if i == j else other for j, other in enumerate(student)]
+            return reference_attention_heads(pair, teacher, mask, kind, heads)
+
+        np.testing.assert_allclose(tensor.grad.numpy(), numeric_gradient(changed, tensor), rtol=1e-6, atol=1e-9)
+
+
+@BY_HEADS
+@pytest.mark.parametrize("form", [boolean, additive])
+def test_gradients_pass_gradcheck(kind, heads, student_heads, teacher_heads, form):
+    student = tuple(t.double().requires_grad_() for t in query_and_key(0, student_heads, 3))
+    teacher = tuple(t.double() for t in query_and_key(1, teacher_heads, 5))
+    loss = bound(student_heads, teacher_heads, kind=kind, heads=heads)
+    assert torch.autograd.gradcheck(lambda *pair: call(loss, pair, teacher, form=form), student)
+
+
+def test_one_chunk_is_the_size_of_the_larger_of_the_two_models_maps(monkeypatch):
+    largest = largest_tensor(monkeypatch, rows=4, student_heads=1, teacher_heads=6, tokens=32, elements=6 * 32**2)
+    assert largest == 6 * 32**2
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most numbers that one operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+def largest_tensor(monkeypatch, rows, student_heads, teacher_heads, tokens, elements):
+    monkeypatch.setattr(chunking, "ELEMENTS_PER_CHUNK", elements)
+    student = tuple(t.requires_grad_() for t in query_and_key(0, student_heads, 8, tokens, rows))
+    teacher = query_and_key(1, teacher_heads, 8, tokens, rows)
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    loss = bound(student_heads, teacher_heads)
+    with LargestTensor() as seen:
+        call(loss, student, teacher, mask).backward()
+    return seen.elements
+
+
+def test_no_map_of_the_whole_batch_ever_exists(monkeypatch):
+    rows, heads, tokens = 8, 12, 128
+    whole = rows * heads * tokens**2
+    per_chunk = 2 * heads * tokens**2
+    default = chunking.ELEMENTS_PER_CHUNK
+    assert largest_tensor(monkeypatch, rows, heads, heads, tokens, default) <= per_chunk < whole
+    assert largest_tensor(monkeypatch, rows, heads, heads, tokens, whole) == whole
+
+
+@BY_HEADS
+def test_one_row_alone_and_the_labels_which_it_does_not_read(kind, heads, student_heads, teacher_heads):
+    student, teacher = query_and_key(0, student_heads, 3, rows=1), query_and_key(1, teacher_heads, 5, rows=1)
+    mask = torch.tensor([[0, 1, 1, 1]])
+    loss = AttentionLoss(layers="last", kind=kind, heads=heads)
+    for task, labels in (("regression", torch.tensor([0.5])), ("multi_label_classification", torch.full((1, 3), -100))):
+        shapes = (ModelShape(3, task, 2, 12, student_heads), ModelShape(3, task, 4, 12, teacher_heads))
+        loss.bind(*shapes)
+        value = loss(
+            features(attentions={2: attention_inputs(*student, boolean(mask))}),
+            features(attentions={4: attention_inputs(*teacher, boolean(mask))}),
+            labels,
+            mask,
+        )
+        expected = reference_attention_heads(student, teacher, mask, kind, heads)
+        assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert loss.unit == "rows"
+
+
+def window(mask, width):
+    positions = torch.arange(mask.shape[1])
+    return boolean(mask) & ((positions[:, None] - positions).abs() <= width)
+
+
+def reference_window(student, teacher, mask, width) -> float:
+    """KL of the maps over the real tokens at most `width` away: the teacher's is cut and scaled to a sum of 1."""
+    total = 0.0
+    student, teacher = reference_map(*student, mask), reference_map(*teacher, mask)
+    for b, real_row in enumerate(mask.tolist()):
+        real = [i for i, seen in enumerate(real_row) if seen]
+        values = []
+        for p, q in zip(student[b], teacher[b], strict=True):
+            for i in real:
+                near = [j for j in real if abs(i - j) <= width]
+                p_sum, q_sum = sum(p[i][j] for j in near), sum(q[i][j] for j in near)
+                values.append(sum(q[i][j] / q_sum * np.log(q[i][j] / q_sum / (p[i][j] / p_sum)) for j in near))
+        total += sum(values) / len(values)
+    return total / len(mask)
+
+
+@pytest.mark.parametrize("form", [boolean, additive, lambda mask: None])
+def test_where_the_student_sees_a_window_only_the_teacher_is_cut_to_it(form):
+    student, teacher = query_and_key(0, 2, 3), query_and_key(1, 2, 5)
+    student = tuple(tensor.requires_grad_() for tensor in student)
+    value = bound()(
+        features(attentions={2: attention_inputs(*student, window(MASK, 1))}),
+        features(attentions={4: attention_inputs(*teacher, form(MASK))}),
+        None,
+        MASK,
+    )
+    value.backward()
+    assert value.item() == pytest.approx(reference_window(student, teacher, MASK, 1), rel=1e-5)
+    assert all(tensor.grad.isfinite().all() for tensor in student)
+    whole = reference_attention(student, teacher, MASK, "kl")
+    assert abs(value.item() - whole) > 0.05
+
+
+def test_where_the_teacher_sees_a_window_only_the_student_learns_it():
+    student, teacher = query_and_key(0, 2, 3), query_and_key(1, 2, 5)
+    with_window = attention_inputs(*teacher, window(MASK, 1))
+    maps = log_attention_map(with_window).exp()
+    value = bound()(
+        features(attentions={2: attention_inputs(*student)}), features(attentions={4: with_window}), None, MASK
+    )
+    p = log_attention_map(attention_inputs(*student)).exp()
+    terms = torch.where(maps > 0, maps * (maps / p).log(), torch.zeros(())).sum(dim=-1).mean(dim=1)
+    expected = ((terms * MASK).sum(dim=1) / MASK.sum(dim=1)).mean()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@KINDS
+def test_padding_on_the_left_of_a_causal_teacher_does_not_poison_the_row(kind):
+    """Its padded queries see nothing at all, while those of the student see the real tokens."""
+    mask = torch.tensor([[0, 0, 1, 1]]).expand(2, -1)
+    causal = boolean(mask) & torch.ones(4, 4, dtype=torch.bool).tril()
+    student = tuple(tensor.requires_grad_() for tensor in query_and_key(0, 12, 3))
+    for one, other in ((boolean(mask), causal), (causal, boolean(mask)), (None, causal)):
+        value = bound(12, 12, kind=kind)(
+            features(attentions={2: attention_inputs(*student, one)}),
+            features(attentions={4: attention_inputs(*query_and_key(1, 12, 5), other)}),
+            None,
+            mask,
+        )
+        gradients = torch.autograd.grad(value, student)
+        assert value.item() < 100
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("settings", "heads", "message"),
+    [
+        ({"heads": "max"}, (2, 2), "heads must be one of auto, each, mean, sum, got 'max'"),
+        ({"heads": "sum"}, (2, 2), 'heads "sum" is for kind "mse".* use "mean"'),
+        (
+            {"heads": "each"},
+            (2, 3),
+            'heads "each" needs equal head counts; the student has 2, the teacher 3: use',
+        ),
+        ({"heads": "sum", "kind": "mse"}, (3, 2), 'heads "sum" needs equal .* has 3, the teacher 2: use heads "mean"'),
+    ],
+)
+def test_refuses_heads_that_cannot_be_compared(settings, heads, message):
+    with pytest.raises(ValueError, match=message):
+        bound(*heads, **settings)
+
+
 def test_describes_its_layers_and_whether_heads_are_averaged():
+    assert bound(kind="mse", heads="sum").describe() == "mse, 2→4, sum of heads"
+    assert bound(heads="mean").describe() == "kl, 2→4, mean of heads"
     assert bound(layers="uniform").describe() == "kl, 1→2, 2→4"
     assert bound(2, 3, kind="mse").describe() == "mse, 2→4, mean of heads"

@@ -25,6 +25,8 @@ class AttentionLoss(DistillationLoss):
     rows and over layer pairs.
     Sources: MiniLM (arXiv:2002.10957) for kl, TinyBERT (arXiv:1909.10351) for mse; maps averaged or summed over heads
     first as in TextBrewer (arXiv:2002.12620).
+    Where the student may look at fewer tokens than the teacher (a sliding window), the teacher's map is cut to those
+    and sums to 1 over them.
 
     Args:
         layers: "uniform", "last", "first", "every_2" or `[[student, teacher], ...]`; 1 is the first block.
@@ -76,9 +78,10 @@ class AttentionLoss(DistillationLoss):
 
     def _layer_loss(self, a: AttentionInputs, b: AttentionInputs, mask: torch.Tensor | None) -> torch.Tensor:
         def loss(rows: slice, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            log_a = self._over_heads(log_map(query, key, a.scaling, rows_of(a.mask, rows)))  # (rows, A, S, S)
+            seen = rows_of(a.mask, rows)
+            log_a = self._over_heads(log_map(query, key, a.scaling, seen))  # (rows, A, S, S)
             with torch.no_grad():
-                log_b = self._over_heads(log_attention_map(b, rows))
+                log_b = self._over_heads(log_attention_map(b, rows, seen))
             tokens = None if mask is None else mask[rows]
             if self.kind == "kl":
                 distance = kl(log_b, log_a)  # (rows, A, S)

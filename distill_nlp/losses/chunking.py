@@ -13,8 +13,13 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
-ELEMENTS_PER_CHUNK = 1 << 20
-"""Numbers in one map of a chunk (4 MB in float32)."""
+from distill_nlp.losses.base import upcast
+
+ELEMENTS_PER_CHUNK = 1 << 19
+"""Numbers in one map of a chunk on a CPU (2 MB in float32): few enough for the cache of a core."""
+
+ELEMENTS_PER_CHUNK_ON_ACCELERATORS = 1 << 23
+"""On other devices (32 MB in float32): enough that a kernel takes longer than its launch."""
 
 RowLoss = Callable[..., torch.Tensor]
 """`(rows: slice, *tensors[rows]) -> (rows,)`: the loss of each of these rows of the batch."""
@@ -27,22 +32,29 @@ def rowwise(loss: RowLoss, elements_per_row: int, *tensors: torch.Tensor) -> tor
     Args:
         loss: what it reads besides `tensors` gets no gradient; it must compute each row from that row alone.
         elements_per_row: size of the largest intermediate of one row, which decides how many rows go together.
-        *tensors: `(B, ...)`; those that require gradient get it.
+        *tensors: `(B, ...)`; those that require gradient get it. `loss` gets them in at least float32.
     """
-    rows = max(1, ELEMENTS_PER_CHUNK // max(1, elements_per_row))
-    return _Rowwise.apply(loss, rows, *tensors)
+    elements = ELEMENTS_PER_CHUNK if tensors[0].device.type == "cpu" else ELEMENTS_PER_CHUNK_ON_ACCELERATORS
+    if not torch.is_grad_enabled():
+        # `needs_input_grad` does not know of no_grad.
+        tensors = tuple(tensor.detach() for tensor in tensors)
+    return _Rowwise.apply(loss, max(1, elements // max(1, elements_per_row)), *tensors)
 
 
 class _Rowwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss: RowLoss, chunk: int, *tensors: torch.Tensor) -> torch.Tensor:
         wanted = ctx.needs_input_grad[2:]
-        gradients = [torch.empty_like(tensor) if want else None for tensor, want in zip(tensors, wanted, strict=True)]
+        # Not in float16, where gradients that backward has not multiplied with the loss scale yet would vanish.
+        gradients = [
+            torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if want else None
+            for tensor, want in zip(tensors, wanted, strict=True)
+        ]
         values = []
         for start in range(0, len(tensors[0]), chunk):
             rows = slice(start, start + chunk)
             with torch.set_grad_enabled(any(wanted)):
-                parts = [t[rows].detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+                parts = [upcast(t[rows].detach()).requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
                 value = loss(rows, *parts)
                 leaves = [part for part in parts if part.requires_grad]
                 found = iter(torch.autograd.grad(value.sum(), leaves) if leaves else ())
@@ -56,8 +68,9 @@ class _Rowwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: torch.Tensor):
-        """Row b of the output depends on row b of the inputs only, so that its factor scales that row's gradient."""
-        scaled = [
-            None if g is None else g * upstream.view(-1, *[1] * (g.dim() - 1)).to(g.dtype) for g in ctx.saved_tensors
-        ]
+        """Row b of the output depends on row b of the inputs only, so that its factor scales that row's gradient.
+
+        Autograd brings the products into the dtype of the inputs.
+        """
+        scaled = [None if g is None else g * upstream.view(-1, *[1] * (g.dim() - 1)) for g in ctx.saved_tensors]
         return None, None, *scaled

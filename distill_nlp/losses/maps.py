@@ -7,6 +7,10 @@ import torch
 from distill_nlp.losses.base import upcast
 from distill_nlp.outputs import AttentionInputs
 
+_MASKED = -1e30
+"""The score of a token that may not be seen: far below any other, yet such that sums of it stay finite. Not -inf: what
+neither model sees gives 0 · (masked - masked) = 0 in a KL, and never NaN."""
+
 
 def log_map(left: torch.Tensor, right: torch.Tensor, scaling: float, mask: torch.Tensor | None) -> torch.Tensor:
     """`log softmax(left rightᵀ · scaling)` over the tokens that may be seen, in at least float32: `(B, A, S, S)`.
@@ -18,18 +22,32 @@ def log_map(left: torch.Tensor, right: torch.Tensor, scaling: float, mask: torch
     """
     scores = (upcast(left) * scaling) @ upcast(right).transpose(-1, -2)
     if mask is not None:
-        # The lowest finite number, not -inf: a masked token gives 0 · (low - low) = 0 in a KL, and never NaN.
-        low = torch.finfo(scores.dtype).min
         if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, low)
+            scores = scores.masked_fill(~mask, _MASKED)
         else:
-            scores = (scores + mask.to(scores.dtype)).clamp(min=low)
+            scores = (scores + mask.to(scores.dtype)).clamp(min=_MASKED)
     return scores.log_softmax(dim=-1)
 
 
-def log_attention_map(inputs: AttentionInputs, rows: slice = slice(None)) -> torch.Tensor:
-    """The attention map of these rows of the batch, in logarithms, before dropout: `(rows, A, S, S)`."""
-    return log_map(inputs.query[rows], inputs.key[rows], inputs.scaling, rows_of(inputs.mask, rows))
+def log_attention_map(
+    inputs: AttentionInputs, rows: slice = slice(None), mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The attention map of these rows of the batch, in logarithms, before dropout: `(rows, A, S, S)`.
+
+    Args:
+        mask: of these rows; what it hides is hidden besides what the model's own mask hides.
+    """
+    mask = both(rows_of(inputs.mask, rows), mask)
+    return log_map(inputs.query[rows], inputs.key[rows], inputs.scaling, mask)
+
+
+def both(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask that hides what either of them hides."""
+    if one is None or other is None:
+        return other if one is None else one
+    if one.dtype == other.dtype == torch.bool:
+        return one & other
+    return sum(torch.where(m, 0.0, _MASKED) if m.dtype == torch.bool else upcast(m) for m in (one, other))
 
 
 def rows_of(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

@@ -30,15 +30,15 @@ class TokenRelationLoss(DistillationLoss):
         layers: "last" (as in both papers), "uniform", "first", "every_2" or `[[student, teacher], ...]`; 1 is the
             first block.
         relations: any of "qq", "kk", "vv".
-        relation_heads: R, a divisor of both models' widths; not given, the larger of the two head counts that is one,
-            else the smaller.
+        relation_heads: R, a divisor of both models' widths; not given, the larger of the two head counts, or the
+            smaller where only that one divides both.
 
     Shapes:
         queries, keys and values `(B, A, S, D)` of each mapped layer; A and D may differ between the models.
 
     Raises:
-        ValueError: unknown setting; R divides one of the widths not; layers out of range; sequences of different
-            lengths.
+        ValueError: unknown setting; R does not divide one of the widths, or is not given and neither head count does;
+            layers out of range; sequences of different lengths.
 
     Example:
         >>> loss = TokenRelationLoss(relations=["qq", "kk", "vv"], relation_heads=48)
@@ -68,8 +68,14 @@ class TokenRelationLoss(DistillationLoss):
         super().bind(student, teacher)
         self.attention_pairs = map_layers(self.layers, *self._needs_layers(student, teacher))
         if self.relation_heads is None:
-            counts = sorted({student.num_attention_heads, teacher.num_attention_heads}, reverse=True)
             widths = student.hidden_size, teacher.hidden_size
+            counts = {student.num_attention_heads, teacher.num_attention_heads}
+            if None in counts or None in widths:
+                raise ValueError(
+                    "the config of the student or of the teacher names no head count or no width; set relation_heads "
+                    "to a number that divides both widths"
+                )
+            counts = sorted(counts, reverse=True)
             fitting = [count for count in counts if all(width % count == 0 for width in widths)]
             if not fitting:
                 raise ValueError(
