@@ -43,4 +43,5 @@ class GradientBalance(nn.Module):
         known = self.log_norms.isfinite() & (weight > 0)
         norm = torch.where(known, self.log_norms, 0.0).exp()
         goal = (weight * norm * known).sum() / (weight * known).sum()
-        self.factors.copy_(torch.where(known, goal / norm, self.factors))
+        # Not in place: the graph of this step still holds the old ones.
+        self.factors = torch.where(known, goal / norm, self.factors)

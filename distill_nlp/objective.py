@@ -131,7 +131,7 @@ class DistillationObjective(nn.Module):
             for name, loss in self.losses.items():
                 if not self.weights[name] > 0:
                     # Every rank must see a gradient of every parameter, or DDP waits for it.
-                    total = total + sum(p.sum() for p in loss.parameters()) * 0.0
+                    total = total + sum(p.sum() for p in loss.parameters() if p.numel()) * 0.0
                     continue
                 reads_logits |= not (loss.hidden_state_pairs or loss.attention_pairs)
                 value = loss(student, teacher, labels, attention_mask)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -70,14 +70,26 @@ class TermLog:
             )
 
 
-def gradient_norms(terms: dict[str, torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """L2 norm of each term's gradient on the parameters; leaves their graph and `.grad` as they are."""
+def gradient_norms(
+    terms: dict[str, torch.Tensor],
+    parameters: Sequence[torch.nn.Parameter],
+    shares: Mapping[str, torch.Tensor | float] | None = None,
+) -> dict[str, torch.Tensor]:
+    """L2 norm of each term's gradient on the parameters; leaves their graph and `.grad` as they are.
+
+    Args:
+        terms: name -> scalar with its graph.
+        parameters: of the student.
+        shares: name -> factor that is in the term already, and is divided out again.
+    """
     norms = {}
     for name, value in terms.items():
-        if not value.requires_grad:
-            norms[name] = torch.zeros((), device=value.device)
-            continue
-        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        lengths = [torch.linalg.vector_norm(g.float()) for g in gradients if g is not None]
-        norms[name] = torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros_like(value)
+        found = (
+            torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) if value.requires_grad else ()
+        )
+        lengths = [torch.linalg.vector_norm(gradient.float()) for gradient in found if gradient is not None]
+        norm = torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros((), device=value.device)
+        share = torch.as_tensor((shares or {}).get(name, 1.0))
+        # A micro-batch without labeled rows has the share 0 and the gradient 0.
+        norms[name] = norm / share.clamp(min=torch.finfo(torch.float32).tiny)
     return norms

@@ -102,6 +102,8 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             self.teacher.model.to(self.args.device)
         self._refuse_where_sharded()
+        if self.args.torch_compile and getattr(self.args, "term_gradient_norm_steps", 0):
+            torch._functorch.config.donated_buffer = False
         self._terms = TermLog()
         self._measure = False
         self._saving_checkpoint = False
@@ -196,15 +198,11 @@ class DistillationTrainer(Trainer):
         """Takes the gradient norm of each term on the student, as if this micro-batch were the whole batch."""
         self._measure = False
         parameters = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        norms = gradient_norms(terms, parameters)
-        for name in norms:
-            if shares is not None:
-                share = torch.as_tensor(shares[self.objective.losses[name].unit])
-                norms[name] = norms[name] / share.clamp(min=torch.finfo(torch.float32).tiny)
-        together = torch.stack(list(norms.values()))
+        whole = {name: shares[self.objective.losses[name].unit] for name in terms} if shares is not None else {}
+        norms = gradient_norms(terms, parameters, whole)
         if self.args.world_size > 1:
-            together = self.accelerator.reduce(together, reduction="mean")
-        norms = dict(zip(norms, together, strict=True))
+            together = self.accelerator.reduce(torch.stack(list(norms.values())), reduction="mean")
+            norms = dict(zip(norms, together, strict=True))
         for name, norm in norms.items():
             self._terms.add_norm(name, norm)
         if self.objective.balance is not None:
@@ -297,9 +295,12 @@ class DistillationTrainer(Trainer):
 
         Unlike the Trainer's own, it writes no `training_args.bin`: that is a pickle, and it holds paths and tokens.
         """
+        if not self.args.should_save:
+            return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         model = self._distillation_model
-        student_state, objective_state = model.split_state_dict(state_dict or model.state_dict())
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        student_state, objective_state = model.split_state_dict(state_dict)
         save_student(self.student, student_state, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)

@@ -28,7 +28,11 @@ def local_imdb(folder: Path) -> list[str]:
     return [word for option, name in names.items() for word in (option, str(folder / name))] + ["--max_length", "16"]
 
 
-ARGUMENTS = {"distill_imdb.py": local_imdb, "custom_loss.py": lambda folder: []}
+ARGUMENTS = {
+    "distill_imdb.py": local_imdb,
+    "custom_loss.py": lambda folder: [],
+    "bert_to_bilstm.py": lambda folder: ["--seeds", "0"],
+}
 
 
 def test_every_example_is_run_here():
