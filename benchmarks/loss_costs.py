@@ -50,7 +50,6 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--output", help="JSON file for the figures")
     options = parser.parse_args()
-    _return_freed_memory()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -153,9 +152,13 @@ def eager_attention_step(teacher, student, batch, pairs, bf16: bool) -> None:
 def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Ratios of time and of peak memory to "kl", and what "kl" itself took."""
     peaks = {}
+    _return_freed_memory(at_once=True)
     for name, step in steps.items():
         step()
         peaks[name] = peak_of(step, device)
+    _return_freed_memory(at_once=False)
+    for step in steps.values():
+        step()
     seconds = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -193,11 +196,13 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def _return_freed_memory() -> None:
-    """Has the allocator give freed blocks of over a megabyte back at once, so that a peak is one of live tensors."""
-    mmap_threshold = -3
+def _return_freed_memory(at_once: bool) -> None:
+    """Has the allocator give freed blocks back at once, so that a peak is one of live tensors; slow, so not for times."""
     if os.name == "posix":
-        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
+        trim_threshold, mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << (20 if at_once else 25))
+        libc.mallopt(trim_threshold, 1 << (20 if at_once else 30))
 
 
 def table(batch: str, figures: dict[str, dict[str, float]]) -> str:

@@ -25,11 +25,10 @@ DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or not (GPUS or os.environ.get("DS_ACCELERATOR") == "cpu"),
     reason="needs a GPU (or DS_ACCELERATOR=cpu) and DeepSpeed, which is not installed with the package",
 )
-ZERO = ["--config_file", "configs/accelerate/deepspeed_zero2.yaml"]
 LAUNCHES = {
     "fsdp2": (GPUS or 2, ["--config_file", "configs/accelerate/fsdp2.yaml"]),
-    "zero2": (GPUS or 1, ZERO),
-    "zero3": (GPUS or 1, [*ZERO, "--zero_stage", "3", "--zero3_save_16bit_model", "true"]),
+    "zero2": (GPUS or 1, ["--config_file", "configs/accelerate/deepspeed_zero2.yaml"]),
+    "zero3": (GPUS or 1, ["--config_file", "configs/accelerate/deepspeed_zero3.yaml"]),
 }
 
 
