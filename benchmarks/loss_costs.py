@@ -197,7 +197,7 @@ def _status(field: str) -> int:
 
 
 def _return_freed_memory(at_once: bool) -> None:
-    """Has the allocator give freed blocks back at once, so that a peak is one of live tensors; slow, so not for times."""
+    """Has the allocator give freed blocks back at once: a peak is then one of live tensors, and steps are slow."""
     if os.name == "posix":
         trim_threshold, mmap_threshold = -1, -3
         libc = ctypes.CDLL(None)

@@ -13,6 +13,7 @@ _EXPORTS = {
     "DistillationObjective": "distill_nlp.objective",
     "DistillationTrainer": "distill_nlp.trainer",
     "Features": "distill_nlp.outputs",
+    "CachedTeacher": "distill_nlp.teacher",
     "AttentionLoss": "distill_nlp.losses",
     "CrossEntropyLoss": "distill_nlp.losses",
     "DISTLoss": "distill_nlp.losses",
@@ -32,12 +33,14 @@ _EXPORTS = {
     "SoftCrossEntropyLoss": "distill_nlp.losses",
     "TokenRelationLoss": "distill_nlp.losses",
     "build_student": "distill_nlp.student",
+    "cache_teacher_logits": "distill_nlp.cache_filling",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from distill_nlp.arguments import DistillationArguments
+    from distill_nlp.cache_filling import cache_teacher_logits
     from distill_nlp.losses import (
         AttentionLoss,
         CrossEntropyLoss,
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from distill_nlp.objective import DistillationObjective
     from distill_nlp.outputs import Features
     from distill_nlp.student import build_student
+    from distill_nlp.teacher import CachedTeacher
     from distill_nlp.trainer import DistillationTrainer
 
 

@@ -35,13 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if known.command != "run" and rest:
+    if known.command not in ("run", "cache") and rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         return known.function(known, rest)
     except KeyboardInterrupt:
-        hint = "; the same command goes on from the last checkpoint" if known.command == "run" else ""
-        print(f"\ninterrupted{hint}", file=sys.stderr)
+        hints = {
+            "run": "; the same command goes on from the last checkpoint",
+            "cache": "; the same command computes what is missing",
+        }
+        print(f"\ninterrupted{hints.get(known.command, '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has gone; nothing is left to be flushed to it at exit.
@@ -81,18 +84,23 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40),
         allow_abbrev=False,
     )
-    run.add_argument("config", metavar="CONFIG", help="YAML file; every setting can be overridden as below")
     run.add_argument("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
-    run.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
-    groups: dict[str, Any] = {}
-    for name, field in leaves():
-        section = name.partition(".")[0] if "." in name else "the experiment"
-        if name == "losses" or name.startswith(_TEACHER_TRAINING):
-            continue
-        if section not in groups:
-            groups[section] = run.add_argument_group(section)
-        groups[section].add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=_help(field))
+    _add_settings(run)
     run.set_defaults(function=_run)
+
+    cache = commands.add_parser(
+        "cache",
+        help="compute the teacher's logits ahead of the students' stage",
+        description="Fills the teacher's cache for the rows that the students will learn from, and says how many were "
+        "there already. Only what is missing is computed; a run with the same config does it by itself. Takes the "
+        "settings of run.",
+        usage="distill-nlp cache CONFIG [--debug] [--SETTING VALUE ...]",
+        epilog=_LOSS_HELP,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40),
+        allow_abbrev=False,
+    )
+    _add_settings(cache)
+    cache.set_defaults(function=_cache)
 
     predict = commands.add_parser(
         "predict", help="classify texts with a finished model", description="Classifies texts with a finished model."
@@ -115,23 +123,49 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """The config, and every setting of it."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; every setting can be overridden as below")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    groups: dict[str, Any] = {}
+    for name, field in leaves():
+        section = name.partition(".")[0] if "." in name else "the experiment"
+        if name == "losses" or name.startswith(_TEACHER_TRAINING):
+            continue
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        groups[section].add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=_help(field))
+
+
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
     stages = _stages(known.stages)
+    pipeline = _pipeline(known, rest)
+    report = pipeline.run(stages)
+    if report is not None:
+        from rich.console import Console
+
+        from distill_nlp.report import terminal_table
+
+        Console().print(terminal_table(report))
+    return 0
+
+
+def _cache(known: argparse.Namespace, rest: list[str]) -> int:
+    _pipeline(known, rest).fill_cache()
+    return 0
+
+
+def _pipeline(known: argparse.Namespace, rest: list[str]) -> Any:
+    """The experiment of a config with the settings of the command line over it."""
     fields = dict(leaves())
     given = vars(known)
     overrides = {name: _value(given[name], name, field) for name, field in fields.items() if name in given}
     overrides |= _dotted(rest)
     experiment = load_experiment(known.config, overrides)
     _quiet(known.debug)
-    from rich.console import Console
-
     from distill_nlp.pipeline import Pipeline
-    from distill_nlp.report import terminal_table
 
-    report = Pipeline(experiment, lambda line: print(line, file=sys.stderr, flush=True)).run(stages)
-    if report is not None:
-        Console().print(terminal_table(report))
-    return 0
+    return Pipeline(experiment, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _predict(known: argparse.Namespace, rest: list[str]) -> int:

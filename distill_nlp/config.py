@@ -184,6 +184,9 @@ class TeacherSection(Section):
         "auto", description="auto: unless it is a classifier for these labels already"
     )
     train_split: str | None = Field(None, description="split that it is fine-tuned on, where not data.train_split")
+    cache: bool = Field(
+        True, description="keep its logits on disk, where no loss reads its layers; false: it runs in every step"
+    )
     training: TrainingSection = Field(
         default_factory=TrainingSection, description="on top of `training`, for the teacher only"
     )
@@ -256,6 +259,10 @@ class Experiment(Section):
     """One experiment: teacher, plain baseline and distilled student on one data set."""
 
     output_dir: str = Field(description="folder of the run: models, report, and what it takes to continue")
+    cache_dir: str | None = Field(
+        None,
+        description="folder of teachers' logits, may serve several runs; teacher_cache in output_dir where not given",
+    )
     seeds: list[int] = Field([42], min_length=1, description="one baseline and one student each")
     data: DataSection
     teacher: TeacherSection

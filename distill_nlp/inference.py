@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,33 @@ def collate(tokenizer: Any, rows: Sequence[dict[str, Any]], model: nn.Module, de
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def length_sorted_batches(rows: Sequence[dict[str, Any]], batch_size: int) -> Iterator[list[int]]:
+def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Row indices in batches of like lengths: little padding. Longest first, so that out of memory shows at once."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def batched_logits(
+    model: nn.Module,
+    tokenizer: Any,
+    batches: Iterable[Sequence[dict[str, Any]]],
+    autocast: torch.dtype | None = None,
+) -> Iterator[np.ndarray]:
+    """The logits of each batch of encoded rows, float32, in the order of the batches.
+
+    A batch is given out when the next one has been started: an accelerator works on while rows are being padded.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    started: torch.Tensor | None = None
+    for rows in batches:
+        with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+            logits = logits_of(model(**collate(tokenizer, rows, model, device)))
+        if started is not None:
+            yield started.float().cpu().numpy()
+        started = logits
+    if started is not None:
+        yield started.float().cpu().numpy()
 
 
 def predict_logits(
@@ -47,14 +69,12 @@ def predict_logits(
     from tqdm.auto import tqdm
 
     rows = rows if isinstance(rows, list) else rows.to_list()
-    model.eval()
-    device = next(model.parameters()).device
+    batches = length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size)
+    found = batched_logits(model, tokenizer, ([rows[i] for i in indices] for indices in batches))
+    bar = tqdm(found, total=len(batches), desc=description, disable=True if description is None else None, leave=False)
     logits: np.ndarray | None = None
-    batches = list(length_sorted_batches(rows, batch_size))
-    for indices in tqdm(batches, desc=description, disable=True if description is None else None, leave=False):
-        with torch.inference_mode():
-            outputs = logits_of(model(**collate(tokenizer, [rows[i] for i in indices], model, device)))
+    for indices, outputs in zip(batches, bar, strict=True):
         if logits is None:
             logits = np.empty((len(rows), outputs.shape[-1]), dtype=np.float32)
-        logits[indices] = outputs.float().cpu().numpy()
+        logits[indices] = outputs
     return np.empty((0, 0), dtype=np.float32) if logits is None else logits

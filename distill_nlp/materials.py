@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from accelerate import PartialState
+from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
 from distill_nlp.config import TRAIN_TOKENIZER, Experiment
@@ -17,9 +18,11 @@ from distill_nlp.errors import UsageError
 from distill_nlp.loading import is_classifier, load_backbone, load_classifier, load_config, load_tokenizer
 from distill_nlp.losses import LOSSES, ModelShape
 from distill_nlp.objective import DistillationObjective
+from distill_nlp.stage_training import mixed_precision
 from distill_nlp.stages import Fingerprint
 from distill_nlp.student import build_student, label_arguments, model_from_config
-from distill_nlp.teacher import label_order
+from distill_nlp.teacher import label_order, reads_layers
+from distill_nlp.teacher_cache import PRECISIONS
 
 
 class Materials:
@@ -128,6 +131,14 @@ class Materials:
         return tokenize(dataset, self.tokenizer, self.experiment.data.max_length, self._needs_token_type_ids)
 
     @cached_property
+    def student_rows(self) -> Any:
+        """Token ids of all that the distilled students learn from: the labeled rows and the pool."""
+        train = self.tokens(self.splits.train)
+        if self.splits.unlabeled is None:
+            return train
+        return concatenate_datasets([train, self.tokens(self.splits.unlabeled)])
+
+    @cached_property
     def validation(self) -> Any:
         return self.tokens(self.splits.validation)
 
@@ -164,8 +175,9 @@ class Materials:
         except (ValueError, TypeError) as error:
             raise UsageError(f"student.{error}") from error
 
-    def check_student(self) -> None:
-        """Builds the student and sizes the losses once before any training, which would be lost on a mistake there.
+    @cached_property
+    def objective(self) -> DistillationObjective:
+        """The losses, bound to the two models before any training, which would be lost on a mistake there.
 
         Raises:
             UsageError: the student cannot be built, or the losses do not fit the two models.
@@ -192,6 +204,29 @@ class Materials:
             objective.bind(ModelShape.from_config(student.config), ModelShape.from_config(teacher))
         except ValueError as error:
             raise UsageError(str(error)) from None
+        return objective
+
+    def check_student(self) -> None:
+        """Builds the student and sizes the losses once; raises as `objective` does."""
+        _ = self.objective
+
+    @cached_property
+    def mixed_precision(self) -> str:
+        """Autocast of the students' training, and so of the teacher in it."""
+        return mixed_precision(self.experiment.training)
+
+    @cached_property
+    def live_because(self) -> str | None:
+        """Why the teacher has to run in every step of the students; None where its cached logits do."""
+        if not self.experiment.teacher.cache:
+            return "teacher.cache is false"
+        if not self.objective.needs_teacher:
+            return "no loss needs the teacher"
+        if reading := reads_layers(self.objective):
+            return f"losses {', '.join(reading)} read the teacher's layers, and only its logits are cached"
+        if self.mixed_precision not in PRECISIONS:
+            return f"logits are not cached under {self.mixed_precision}"
+        return None
 
     def _sized(self, config: dict[str, Any]) -> dict[str, Any]:
         """A config from scratch, over this tokenizer's vocabulary."""

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import concatenate_datasets
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
+from distill_nlp.cache_filling import cache_teacher_logits
 from distill_nlp.config import STAGES, Experiment
 from distill_nlp.data import content_hash
-from distill_nlp.errors import UsageError
+from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.fingerprints import Fingerprints, plain
-from distill_nlp.loading import load_classifier
+from distill_nlp.loading import load_classifier, load_config
 from distill_nlp.losses import LOSSES, CrossEntropyLoss, DistillationLoss
 from distill_nlp.materials import Materials
 from distill_nlp.report import REPORT_FILE, build_report, write_report
 from distill_nlp.stage_training import Say, TrainingJob, same_budget, training_arguments, versions
 from distill_nlp.stages import Fingerprint, StageFolder, read_json, write_json
+from distill_nlp.teacher import CachedTeacher
 
 CONFIG_FILE = "config.json"
 
@@ -131,7 +134,10 @@ class Pipeline:
         """
         changes = StageFolder(path).changes(fingerprint)
         if changes is None:
-            raise UsageError(f"there is no finished {stage} in {path}; run the stage {stage} first")
+            raise UsageError(
+                f"there is no finished {stage} in {path}; run the stage {stage} first (distill-nlp run CONFIG --stages "
+                f"{stage})"
+            )
         if changes:
             raise UsageError(
                 f"the {stage} in {path} was made with other settings ({'; '.join(changes[:3])}); run the stage {stage} "
@@ -186,7 +192,6 @@ class Pipeline:
 
     def _student_stage(self, seed: int) -> None:
         name, folder = f"student, seed {seed}", StageFolder(self.root / "student" / f"seed-{seed}")
-        pool = self.materials.splits.unlabeled
         sections = self.experiment.losses
         fingerprint = self.prints.student(seed)
         if self._is_done(folder, fingerprint, name):
@@ -194,9 +199,8 @@ class Pipeline:
         # The same seed at the same point as in the baseline's stage: both start from the same weights.
         set_seed(seed)
         model = self.materials.new_student()
-        train = self.materials.tokens(self.materials.splits.train)
-        if pool is not None:
-            train = concatenate_datasets([train, self.materials.tokens(pool)])
+        cached = self.materials.live_because is None
+        source = self._teacher_source
         self._job(
             name,
             folder,
@@ -204,13 +208,41 @@ class Pipeline:
             model=model,
             losses={key: LOSSES[key](**section.arguments()) for key, section in sections.items()},
             weights={key: section.weight for key, section in sections.items()},
-            teacher=self._load_teacher(),
-            train=train,
+            teacher=CachedTeacher(load_config(*source)) if cached else load_classifier(*source),
+            train=self._rows_with_logits if cached else self.materials.student_rows,
             arguments=training_arguments(self.experiment.training, folder.checkpoints, seed),
         ).run(self.say)
 
-    def _load_teacher(self) -> PreTrainedModel:
-        return load_classifier(*self._teacher_source)
+    @cached_property
+    def _rows_with_logits(self) -> Any:
+        """The students' rows with the teacher's logits beside them, the same for all seeds."""
+        teacher, revision = self._teacher_source
+        size = self.experiment.training.per_device_eval_batch_size
+        try:
+            return cache_teacher_logits(
+                teacher,
+                self.materials.student_rows,
+                self.materials.tokenizer,
+                self.experiment.cache_dir or self.root / "teacher_cache",
+                mixed_precision=self.materials.mixed_precision,
+                batch_size=size,
+                revision=revision,
+                say=lambda line: self.say(f"{'teacher cache':<20} {line}"),
+            )
+        except torch.OutOfMemoryError as error:
+            hint = f"lower training.per_device_eval_batch_size (now {size}) or data.max_length"
+            raise DistillError(f"teacher cache: out of memory; {hint}") from error
+
+    def fill_cache(self) -> None:
+        """Computes the teacher's logits of all rows that the students will learn from, ahead of their stage.
+
+        Raises:
+            UsageError: there is no finished teacher yet, or the students would not use the cache.
+        """
+        self._check_materials()
+        if (reason := self.materials.live_because) is not None:
+            raise UsageError(f"nothing to cache: {reason}")
+        _ = self._rows_with_logits
 
     # ---- the report ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from distill_nlp.losses import DistillationLoss
 from distill_nlp.metrics import compute_metrics
 from distill_nlp.progress import StageProgress
 from distill_nlp.stages import Fingerprint, StageFolder, write_json
+from distill_nlp.teacher import CachedTeacher
 from distill_nlp.trainer import DistillationTrainer
 
 Say = Callable[[str], None]
@@ -76,7 +78,7 @@ class TrainingJob:
     arguments: DistillationArguments
     tokenizer: Any
     max_length: int
-    teacher: PreTrainedModel | None = None
+    teacher: PreTrainedModel | CachedTeacher | None = None
     weights: dict[str, float] | None = None
 
     def run(self, say: Say) -> None:
@@ -185,6 +187,13 @@ def training_arguments(section: TrainingSection, output_dir: Path, seed: int) ->
             "greater_is_better": values["metric_for_best_model"] != "loss",
         }
     )
+
+
+def mixed_precision(section: TrainingSection) -> str:
+    """The autocast of a training, as accelerate names it: by its settings, else by the launcher."""
+    if section.bf16 or section.fp16:
+        return "bf16" if section.bf16 else "fp16"
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def same_budget(section: TrainingSection, arguments: DistillationArguments, rows: int) -> TrainingSection:

@@ -19,7 +19,7 @@ from distill_nlp.objective import DistillationObjective, Shares
 from distill_nlp.outputs import DistillationOutput
 from distill_nlp.projections import fit_projections, projected_losses, separate_projections, spread_rows
 from distill_nlp.schedules import Setting
-from distill_nlp.teacher import Teacher
+from distill_nlp.teacher import TEACHER_LOGITS, CachedTeacher, bind_teacher
 from distill_nlp.terms import TermLog, gradient_norms
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student.
-        teacher: the fine-tuned teacher; None where no loss needs one.
+        teacher: the fine-tuned teacher, or a `CachedTeacher`; None where no loss needs one.
         losses: name -> loss.
         loss_weights: name -> factor, or a schedule such as `{"schedule": "linear", "start": 1.0, "end": 0.0}` (see
             `schedules.build_schedule`); 1 where not given, 0 leaves the loss out.
@@ -63,7 +63,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | CachedTeacher | None = None,
         losses: dict[str, DistillationLoss] | None = None,
         loss_weights: dict[str, Setting] | None = None,
         args: DistillationArguments | None = None,
@@ -95,14 +95,15 @@ class DistillationTrainer(Trainer):
         wrapped = DistillationModel(model, objective, teacher.config if objective.needs_teacher else None)
         # Before the Trainer looks at the columns of the data: the teacher's inputs count as used.
         student_config = getattr(model, "config", None)
-        self.teacher = Teacher(teacher, student_config, objective) if objective.needs_teacher else None
+        self.teacher = bind_teacher(teacher, student_config, objective) if objective.needs_teacher else None
         super().__init__(model=wrapped, args=args, **kwargs)
         # A micro-batch's own length would be wrong on the Trainer's older path, which divides where this is False.
         self.model_accepts_loss_kwargs = True
         if self.teacher is not None:
-            self.teacher.model.to(self.args.device)
+            self.teacher.prepare(self.args.device, self.train_dataset)
         self._refuse_where_sharded()
         if self.args.torch_compile and getattr(self.args, "term_gradient_norm_steps", 0):
+            # Else a compiled backward gives its buffers away, and the gradient of the next term finds none.
             torch._functorch.config.donated_buffer = False
         self._terms = TermLog()
         self._measure = False
@@ -174,6 +175,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, DistillationOutput]:
         """In training the objective's part of the global batch's mean, in evaluation the plain task loss."""
+        asked, inputs = inputs, {name: value for name, value in inputs.items() if name != TEACHER_LOGITS}
         if not model.training:
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -181,7 +183,7 @@ class DistillationTrainer(Trainer):
         teacher_features = None
         if self.teacher is not None:
             with self.accelerator.autocast():
-                teacher_features = self.teacher(inputs)
+                teacher_features = self.teacher(asked)
         shares: Shares | None = None
         if num_items_in_batch is not None:
             # DDP averages gradients over ranks, so that a rank's share is of the mean over its own part of the sum.
@@ -262,10 +264,8 @@ class DistillationTrainer(Trainer):
         """Keeps the columns that either model takes: a BERT teacher reads token_type_ids, its DistilBERT does not."""
         if self._signature_columns is not None:
             return
-        models = [self.student] + ([self.teacher.model] if self.teacher is not None else [])
         columns: set[str] = set()
-        for model in models:
-            accepted = accepted_arguments(model)
+        for accepted in [accepted_arguments(self.student)] + ([self.teacher.accepted] if self.teacher else []):
             # A model that takes anything takes what its tokenizer makes.
             columns |= set(getattr(self.processing_class, "model_input_names", [])) if accepted is None else accepted
         self._signature_columns = sorted(columns | {"labels", "label", "label_ids"} | set(self.label_names))

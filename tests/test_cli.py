@@ -198,7 +198,9 @@ def test_nothing_is_made_from_a_teacher_or_reported_on_models_of_other_settings(
     assert main(["run", config, "--stages", "report", "--data.max_length", "8"]) == 2
     assert "max_length: 16 → 8" in capsys.readouterr().err
     # A setting of the students leaves the teacher alone, and one of the projections the baseline too.
-    assert main(["run", config, "--training.projection_learning_rate_factor", "10", "--stages", "teacher,baseline"]) == 0
+    assert (
+        main(["run", config, "--training.projection_learning_rate_factor", "10", "--stages", "teacher,baseline"]) == 0
+    )
     assert capsys.readouterr().err.count("done already") == 2
     # Other weights in the same folder are another checkpoint.
     other = make_teacher(seed=9, id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
@@ -267,6 +269,227 @@ def test_the_quickstart_goes_through_in_a_small_size(tmp_path, capsys):
     assert (
         report["run"]["stages"]["baseline/seed-0"]["steps"] == report["run"]["stages"]["student/seed-0"]["steps"] == 2
     )
+
+
+# ---- the teacher's cache ----
+
+LOGITS_ONLY = {"losses": {"ce": {"weight": 0.3}, "kl": {"weight": 0.7}}, "data__unlabeled": "pool"}
+
+
+def weights_of(folder: Path) -> dict:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def no_teacher(monkeypatch):
+    """`no_teacher()`: from then on, a teacher that is loaded fails the test."""
+    from distill_nlp import cache_filling, pipeline
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("the teacher was loaded")
+
+    def switch():
+        monkeypatch.setattr(cache_filling, "load_classifier", refuse)
+        monkeypatch.setattr(pipeline, "load_classifier", refuse)
+
+    return switch
+
+
+def cache_lines(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("teacher cache ")]
+
+
+@pytest.mark.slow
+def test_the_cache_is_filled_ahead_and_the_students_train_without_the_teacher(experiment, tmp_path, capsys, no_teacher):
+    config = str(experiment(**LOGITS_ONLY))
+    assert main(["run", config, "--stages", "teacher"]) == 0
+    assert cache_lines(capsys) == []
+    assert main(["cache", config]) == 0
+    (line,) = cache_lines(capsys)
+    assert "44 rows, 0.0% there, 44 computed" in line
+    assert f"; 44 rows, 1.2 kB in {tmp_path / 'run' / 'teacher_cache'}" in line
+    assert not (tmp_path / "run" / "student").exists()
+
+    no_teacher()
+    assert main(["cache", config, "--training.per_device_eval_batch_size", "3"]) == 0
+    (line,) = cache_lines(capsys)
+    assert "44 rows, 100.0% there, 0 computed" in line
+    assert main(["run", config, "--stages", "student", "--seeds", "0,1"]) == 0
+    (line,) = cache_lines(capsys)
+    assert "100.0% there" in line
+    assert main(["run", config, "--stages", "student", "--seeds", "0,1"]) == 0
+    assert cache_lines(capsys) == []
+    # Another student, other losses and a part of the rows are served too.
+    others = ["--losses.kl.temperature", "3", "--student.from_teacher.layers", "1", "--seeds", "7"]
+    assert main(["run", config, "--stages", "student", *others, "--data.max_unlabeled_samples", "5"]) == 0
+    assert "100.0% there" in cache_lines(capsys)[0]
+
+
+@pytest.mark.slow
+def test_students_of_the_cache_are_those_of_the_live_teacher(experiment, tmp_path):
+    """Their records say the same: one is not done again because of the other."""
+    config = str(experiment(**LOGITS_ONLY, training__optim="sgd", training__learning_rate=0.05))
+    assert main(["run", config, "--stages", "teacher,student"]) == 0
+    folder = tmp_path / "run" / "student" / "seed-0"
+    cached, record = weights_of(folder), json.loads((folder / "stage.json").read_text())
+    folder.rename(tmp_path / "cached")
+    assert main(["run", config, "--stages", "student", "--teacher.cache", "false"]) == 0
+    live = weights_of(folder)
+    assert max((cached[name] - live[name]).abs().max().item() for name in live) < 1e-6
+    start = make_teacher(id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
+    words = "embeddings.word_embeddings.weight"
+    assert (live[f"distilbert.{words}"] - start.state_dict()[f"bert.{words}"]).abs().max() > 1e-4
+    live_record = json.loads((folder / "stage.json").read_text())
+    for name in ("fingerprint", "objective", "steps"):
+        assert live_record[name] == record[name]
+
+
+@pytest.mark.slow
+def test_a_cache_may_be_shared_and_each_teacher_has_its_own_part(experiment, tmp_path, capsys):
+    config = str(experiment(**LOGITS_ONLY, teacher__training__bf16=False))
+    shared = ["--cache_dir", str(tmp_path / "shared")]
+    for other in ("one", "two"):
+        assert main(["run", config, "--stages", "teacher,student", "--output_dir", str(tmp_path / other), *shared]) == 0
+    first, second = cache_lines(capsys)
+    assert "0.0% there, 44 computed" in first
+    assert "100.0% there, 0 computed" in second
+    assert not (tmp_path / "one" / "teacher_cache").exists()
+    retrained = ["--teacher.training.learning_rate", "0.001", "--teacher.seed", "5"]
+    assert main(["run", config, "--stages", "teacher", *retrained, *shared]) == 0
+    assert main(["cache", config, *retrained, *shared]) == 0
+    assert "0.0% there, 44 computed" in cache_lines(capsys)[0]
+    assert main(["cache", config, *retrained, *shared, "--training.bf16", "true"]) == 0
+    assert "0.0% there, 44 computed" in cache_lines(capsys)[0]
+    assert len(list((tmp_path / "shared").iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_an_interrupted_fill_says_how_to_go_on_and_goes_on(experiment, tmp_path, capsys, monkeypatch):
+    from distill_nlp import cache_filling
+
+    config = str(experiment(**LOGITS_ONLY, training__per_device_eval_batch_size=10))
+    assert main(["run", config, "--stages", "teacher"]) == 0
+    answer = cache_filling.batched_logits
+
+    def interrupted(*arguments):
+        for i, logits in enumerate(answer(*arguments)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield logits
+
+    monkeypatch.setattr(cache_filling, "batched_logits", interrupted)
+    capsys.readouterr()
+    assert main(["cache", config]) == 130
+    assert "interrupted; the same command computes what is missing" in capsys.readouterr().err
+    monkeypatch.setattr(cache_filling, "batched_logits", answer)
+    assert main(["cache", config]) == 0
+    assert "44 rows, 45.5% there, 24 computed" in cache_lines(capsys)[0]
+
+
+@pytest.mark.slow
+def test_a_cached_teacher_with_its_labels_in_another_order_teaches_the_same(experiment, tmp_path, capsys):
+    import torch
+
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
+    teacher = make_teacher(**names)
+    teacher.save_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        for parameter in (teacher.classifier.weight, teacher.classifier.bias):
+            parameter.copy_(parameter.flip(0))
+    teacher.config.id2label, teacher.config.label2id = {0: "good", 1: "bad"}, {"good": 0, "bad": 1}
+    teacher.save_pretrained(tmp_path / "turned")
+    found = []
+    for name in ("plain", "turned"):
+        make_tokenizer().save_pretrained(tmp_path / name)
+        config = experiment(
+            **LOGITS_ONLY,
+            teacher={"model": str(tmp_path / name)},
+            student={"config": {"model_type": "distilbert", "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}},
+            training__optim="sgd",
+            training__learning_rate=0.05,
+        )
+        assert main(["run", str(config), "--stages", "student", "--output_dir", str(tmp_path / f"run-{name}")]) == 0
+        found.append(weights_of(tmp_path / f"run-{name}" / "student" / "seed-0"))
+    assert len(cache_lines(capsys)) == 2
+    plain, turned = found
+    assert max((plain[name] - turned[name]).abs().max().item() for name in plain) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (LOGITS_ONLY, "run the stage teacher first (distill-nlp run CONFIG --stages teacher)"),
+        ({}, "nothing to cache: losses hidden, attention read the teacher's layers, and only its logits are cached"),
+        (LOGITS_ONLY | {"teacher__cache": False}, "nothing to cache: teacher.cache is false"),
+        ({"losses": {"ce": {}}}, "nothing to cache: no loss needs the teacher"),
+        (LOGITS_ONLY | {"data__max_length": 64}, "data.max_length is 64, but the teacher reads at most 40"),
+        (LOGITS_ONLY | {"data__text_column": "review"}, "no column 'review' (data.text_column)"),
+    ],
+)
+def test_there_is_nothing_to_cache_in_one_line_with_exit_code_2(experiment, capsys, tmp_path, changes, expected):
+    assert main(["cache", str(experiment(**changes))]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert expected in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_of_layers_with_weight_0_does_not_keep_the_teacher_live(experiment, capsys):
+    losses = {"kl": {}, "hidden": {"weight": 0}, "attention": {"weight": 0}}
+    assert main(["cache", str(experiment(losses=losses))]) == 2
+    assert "run the stage teacher first" in capsys.readouterr().err
+    losses["hidden"]["weight"] = {"schedule": "linear", "start": 0, "end": 1}
+    assert main(["cache", str(experiment(losses=losses))]) == 2
+    assert "losses hidden read the teacher's layers" in capsys.readouterr().err
+
+
+def test_precisions_that_the_cache_does_not_know_keep_the_teacher_live(experiment, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert main(["cache", str(experiment(**LOGITS_ONLY))]) == 2
+    assert "nothing to cache: logits are not cached under fp8" in capsys.readouterr().err
+
+
+def test_a_cache_dir_that_is_a_file_is_refused(experiment, tmp_path, capsys):
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
+    make_teacher(**names).save_pretrained(tmp_path / "ready")
+    make_tokenizer().save_pretrained(tmp_path / "ready")
+    config = experiment(**LOGITS_ONLY, teacher={"model": str(tmp_path / "ready")})
+    (tmp_path / "file").write_text("")
+    assert main(["cache", str(config), "--cache_dir", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the teacher's cache cannot be written" in error
+    assert str(tmp_path / "file") in error
+
+
+def test_too_little_memory_in_the_fill_is_one_line(experiment, tmp_path, capsys, monkeypatch):
+    import torch
+
+    from distill_nlp import cache_filling
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
+    make_teacher(**names).save_pretrained(tmp_path / "ready")
+    make_tokenizer().save_pretrained(tmp_path / "ready")
+    monkeypatch.setattr(cache_filling, "batched_logits", full)
+    assert main(["cache", str(experiment(**LOGITS_ONLY, teacher={"model": str(tmp_path / "ready")}))]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: teacher cache: out of memory; lower training.per_device_eval_batch_size (now 64)")
+
+
+def test_the_cache_command_takes_the_settings_of_run_and_no_stages(experiment, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["cache", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--cache_dir" in text
+    assert "--teacher.cache" in text
+    assert "--training.bf16" in text
+    assert main(["cache", str(experiment(**LOGITS_ONLY)), "--stages", "teacher"]) == 2
+    assert "stages: unknown setting" in capsys.readouterr().err
 
 
 REFUSED = {

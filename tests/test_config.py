@@ -141,6 +141,21 @@ def test_the_teachers_own_training_lies_over_the_common_one(write):
     assert section.bf16 is False
 
 
+def test_the_teachers_logits_are_kept_unless_the_config_says_otherwise(write):
+    experiment = load_experiment(write(MINIMAL))
+    assert experiment.teacher.cache is True
+    assert experiment.cache_dir is None
+    experiment = load_experiment(write(MINIMAL), {"teacher.cache": False, "cache_dir": "somewhere"})
+    assert experiment.teacher.cache is False
+    assert experiment.cache_dir == "somewhere"
+    fields = dict(leaves())
+    assert _value("false", "teacher.cache", fields["teacher.cache"]) is False
+    assert _value("null", "cache_dir", fields["cache_dir"]) is None
+    assert _value("7", "cache_dir", fields["cache_dir"]) == "7"
+    with pytest.raises(UsageError, match="teacher.cache: input should be a valid boolean"):
+        load_experiment(write(MINIMAL), {"teacher.cache": "often"})
+
+
 def test_every_setting_says_what_it_is():
     without = [name for name, field in leaves() if not field.description]
     assert not without
