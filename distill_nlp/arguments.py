@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -70,5 +71,8 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"loss_balancing must be none or gradient_norm, got {self.loss_balancing!r}")
         if self.term_gradient_norm_steps < 0:
             raise ValueError(f"term_gradient_norm_steps must be >= 0, got {self.term_gradient_norm_steps}")
-        if self.loss_balancing != "none" and not self.term_gradient_norm_steps:
-            self.term_gradient_norm_steps = 20
+
+
+def setting_of(args: TrainingArguments, name: str) -> Any:
+    """A setting of `DistillationArguments`, its default where plain `TrainingArguments` have none."""
+    return getattr(args, name, DistillationArguments.__dataclass_fields__[name].default)

@@ -32,16 +32,20 @@ class GradientBalance(nn.Module):
         return self.factors[self.names.index(name)]
 
     @torch.no_grad()
-    def update(self, norms: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
-        """Takes in new gradient norms of the unweighted terms; those that are not among them keep their factors."""
+    def observe(self, norms: dict[str, torch.Tensor]) -> None:
+        """Takes in new gradient norms of the unweighted terms; `apply` makes them count."""
         for name, norm in norms.items():
             i = self.names.index(name)
             old, new = self.log_norms[i], norm.to(self.log_norms).log()
             smoothed = torch.where(old.isfinite(), self.momentum * old + (1 - self.momentum) * new, new)
             self.log_norms[i] = torch.where(new.isfinite(), smoothed, old)
+
+    @torch.no_grad()
+    def apply(self, weights: dict[str, float]) -> None:
+        """Sets the factors by the norms seen so far; a term without norm, or of weight 0, keeps its factor."""
         weight = torch.tensor([weights.get(name, 0.0) for name in self.names]).to(self.log_norms)
         known = self.log_norms.isfinite() & (weight > 0)
         norm = torch.where(known, self.log_norms, 0.0).exp()
         goal = (weight * norm * known).sum() / (weight * known).sum()
-        # Not in place: the graph of this step still holds the old ones.
+        # Not in place: a graph may still hold the old ones.
         self.factors = torch.where(known, goal / norm, self.factors)

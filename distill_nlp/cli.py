@@ -24,8 +24,9 @@ _LOSS_HELP = (
     "Values are YAML; defaults stand in brackets. Any setting of `training` can be given for the teacher alone, as "
     "`--teacher.training.learning_rate 2e-5`, and any other argument of Transformers' TrainingArguments as "
     "`--training.adam_beta2 0.98`. Losses are given by name: `--losses.kl.temperature 4`, `--losses.hidden.weight 1`. "
-    "There are ce (label_smoothing, class_weights), kl (temperature), hidden (layers, kind, projection) and attention "
-    f"(layers, kind); each has a weight: {LossSection.model_fields['weight'].description}."
+    "Each loss has a weight, a "
+    f"{LossSection.model_fields['weight'].description}, as `--losses.kl.weight "
+    "'{schedule: linear, start: 0, end: 1}'`. docs/losses.md has all losses and their settings."
 )
 
 

@@ -83,6 +83,11 @@ class DistillationModel(nn.Module):
 
     def __init__(self, student: nn.Module, objective: DistillationObjective, teacher_config: Any | None = None) -> None:
         super().__init__()
+        if is_peft_model(student) and list(student.peft_config) != ["default"]:
+            raise ValueError(
+                f'a PEFT student must have one adapter named "default", got {", ".join(student.peft_config)}: '
+                "checkpoints hold no other"
+            )
         if hasattr(student, "_orig_mod"):
             raise ValueError(
                 "the student is compiled already; pass it as it was, and torch_compile=True in the arguments"

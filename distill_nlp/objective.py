@@ -73,6 +73,10 @@ class DistillationObjective(nn.Module):
         """The losses whose weight is above zero now."""
         return [name for name, weight in self.weights.items() if weight > 0]
 
+    def active_at(self, progress: float) -> list[str]:
+        """Those whose weight is above zero at another point of training."""
+        return [name for name, schedule in self.schedules.items() if schedule(progress) > 0]
+
     def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
         """Lets each loss size its projections and resolve its layers for these two models.
 

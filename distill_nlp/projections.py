@@ -88,6 +88,8 @@ def separate_projections(
         if not own:
             continue
         group["params"] = [parameter for parameter in group["params"] if parameter not in projections]
+        if not group["params"]:
+            optimizer.param_groups.remove(group)
         rules = {key: value for key, value in group.items() if key != "params"} | {"lr": group["lr"] * factor}
         if decay is None or (usual_decay and not group["weight_decay"]):
             optimizer.add_param_group(rules | {"params": own})

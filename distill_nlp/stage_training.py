@@ -23,8 +23,10 @@ from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.losses import DistillationLoss
 from distill_nlp.metrics import compute_metrics
 from distill_nlp.progress import StageProgress
+from distill_nlp.schedules import Setting
 from distill_nlp.stages import Fingerprint, StageFolder, write_json
 from distill_nlp.teacher import CachedTeacher
+from distill_nlp.terms import FormulaPrinter
 from distill_nlp.trainer import DistillationTrainer
 
 Say = Callable[[str], None]
@@ -79,7 +81,7 @@ class TrainingJob:
     tokenizer: Any
     max_length: int
     teacher: PreTrainedModel | CachedTeacher | None = None
-    weights: dict[str, float] | None = None
+    weights: dict[str, Setting] | None = None
 
     def run(self, say: Say) -> None:
         """Trains, keeps the best checkpoint by the validation metric, and finishes the folder.
@@ -155,6 +157,7 @@ class TrainingJob:
             raise UsageError(f"{self.name}: {error}") from error
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(FormulaPrinter)  # the line of the stage has it
         return trainer
 
 
@@ -213,6 +216,9 @@ def effective(section: TrainingSection, of_student: bool) -> dict[str, Any]:
     left_out = _COSMETIC if of_student else _COSMETIC | _OF_SEVERAL_TERMS
     if section.loss_balancing == "none":
         left_out = left_out | {"term_gradient_norm_steps"}
+    # What stands at its default is left out as well: a setting that is new must not make old results stale.
+    fields = TrainingSection.model_fields
+    left_out = left_out | {k for k in _OF_SEVERAL_TERMS if getattr(section, k) == fields[k].default}
     return {k: v for k, v in section.model_dump(mode="json").items() if k not in left_out}
 
 

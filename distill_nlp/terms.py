@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +21,7 @@ class TermLog:
         self._sums: dict[str, torch.Tensor] = {}
         self._steps: dict[str, int] = {}
         self._norms: dict[str, list[torch.Tensor]] = {}
-        self._warned: set[str] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     def begin_step(self, names: Sequence[str]) -> None:
         """A step begins, in which these terms are computed."""
@@ -53,9 +56,10 @@ class TermLog:
 
     def _warn(self, name: str, value: float) -> None:
         """Once for each term: a loss that is not finite, or one that is exactly zero and so teaches nothing."""
-        if name in self._warned or (math.isfinite(value) and value != 0):
+        kind = "zero" if value == 0 else "not finite"
+        if (name, kind) in self._warned or (math.isfinite(value) and value != 0):
             return
-        self._warned.add(name)
+        self._warned.add((name, kind))
         if math.isfinite(value):
             logger.warning(
                 "the loss %r is exactly zero: it teaches nothing. Were all rows unlabeled, had batches one row and so "
@@ -70,26 +74,16 @@ class TermLog:
             )
 
 
-def gradient_norms(
-    terms: dict[str, torch.Tensor],
-    parameters: Sequence[torch.nn.Parameter],
-    shares: Mapping[str, torch.Tensor | float] | None = None,
-) -> dict[str, torch.Tensor]:
-    """L2 norm of each term's gradient on the parameters; leaves their graph and `.grad` as they are.
+class FormulaPrinter(TrainerCallback):
+    """Shows once, where training begins, what is minimised; the counterpart of the Trainer's own `PrinterCallback`.
 
     Args:
-        terms: name -> scalar with its graph.
-        parameters: of the student.
-        shares: name -> factor that is in the term already, and is divided out again.
+        formula: gives the line.
     """
-    norms = {}
-    for name, value in terms.items():
-        found = (
-            torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) if value.requires_grad else ()
-        )
-        lengths = [torch.linalg.vector_norm(gradient.float()) for gradient in found if gradient is not None]
-        norm = torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros((), device=value.device)
-        share = torch.as_tensor((shares or {}).get(name, 1.0))
-        # A micro-batch without labeled rows has the share 0 and the gradient 0.
-        norms[name] = norm / share.clamp(min=torch.finfo(torch.float32).tiny)
-    return norms
+
+    def __init__(self, formula: Callable[[], str]) -> None:
+        self.formula = formula
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            tqdm.write(f"objective: {self.formula()}")

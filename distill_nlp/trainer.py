@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, set_seed
 
-from distill_nlp.arguments import DistillationArguments
+from distill_nlp.arguments import DistillationArguments, setting_of
 from distill_nlp.checkpoints import load_weights, save_objective, save_student
+from distill_nlp.gradient_meter import GradientMeter
 from distill_nlp.losses.base import IGNORE_INDEX, DistillationLoss
 from distill_nlp.modeling import DistillationModel, accepted_arguments
 from distill_nlp.objective import DistillationObjective, Shares
@@ -20,9 +20,7 @@ from distill_nlp.outputs import DistillationOutput
 from distill_nlp.projections import fit_projections, projected_losses, separate_projections, spread_rows
 from distill_nlp.schedules import Setting
 from distill_nlp.teacher import TEACHER_LOGITS, CachedTeacher, bind_teacher
-from distill_nlp.terms import TermLog, gradient_norms
-
-logger = logging.getLogger(__name__)
+from distill_nlp.terms import FormulaPrinter, TermLog
 
 
 class DistillationTrainer(Trainer):
@@ -83,7 +81,7 @@ class DistillationTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process would be DataParallel, which cannot split the teacher's features; "
                 "start with `accelerate launch`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
             )
-        balance = getattr(args, "loss_balancing", "none") != "none"
+        balance = setting_of(args, "loss_balancing") != "none"
         objective = DistillationObjective(losses or {}, loss_weights, balance)
         if objective.needs_teacher and teacher is None:
             needing = [name for name, loss in objective.losses.items() if loss.needs_teacher]
@@ -101,20 +99,25 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         if self.teacher is not None:
             self.teacher.prepare(self.args.device, self.train_dataset)
+        self._begin_training()
         self._refuse_where_sharded()
-        if self.args.torch_compile and getattr(self.args, "term_gradient_norm_steps", 0):
+        if self.args.torch_compile and self._meter.every:
             # Else a compiled backward gives its buffers away, and the gradient of the next term finds none.
             torch._functorch.config.donated_buffer = False
-        self._terms = TermLog()
-        self._measure = False
+        self._fitted = False
         self._saving_checkpoint = False
-        logger.info("objective: %s", objective.formula())
+        self.add_callback(FormulaPrinter(objective.formula))
+
+    def _begin_training(self) -> None:
+        self._terms = TermLog()
+        every = setting_of(self.args, "term_gradient_norm_steps")
+        self._meter = GradientMeter(self.objective, self.student, every, self._terms, self.accelerator)
 
     def _refuse_where_sharded(self) -> None:
         """Refuses what reads whole parameters or gradients outside of backward, where no rank has them."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return
-        if getattr(self.args, "term_gradient_norm_steps", 0):
+        if self._meter.every:
             raise ValueError(
                 "term_gradient_norm_steps and loss_balancing need whole gradients on each rank, which FSDP and "
                 "DeepSpeed do not keep"
@@ -152,20 +155,13 @@ class DistillationTrainer(Trainer):
             except StopIteration:
                 break
         if batches:
-            self._begin_step()
+            self._meter.begin_step(self.state.global_step, self.state.max_steps)
         counts = torch.zeros(2, device=device)
         for batch in batches:
             counts = counts + self._count_rows(batch).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts
-
-    def _begin_step(self) -> None:
-        step = self.state.global_step
-        self.objective.set_progress(step / max(1, self.state.max_steps))
-        self._terms.begin_step(self.objective.active)
-        every = getattr(self.args, "term_gradient_norm_steps", 0)
-        self._measure = every > 0 and step % every == 0
 
     def compute_loss(
         self,
@@ -189,26 +185,12 @@ class DistillationTrainer(Trainer):
             # DDP averages gradients over ranks, so that a rank's share is of the mean over its own part of the sum.
             rows = self._count_rows(inputs) * self.args.world_size / num_items_in_batch.clamp(min=1)
             shares = {"rows": rows[0], "labeled_rows": rows[1]}
-        outputs = model(teacher=teacher_features, shares=shares, keep_graph=self._measure, **inputs)
+        outputs = model(teacher=teacher_features, shares=shares, keep_graph=self._meter.due, **inputs)
         for name, value in outputs.terms.items():
             self._terms.add(name, value)
-        if self._measure:
-            self._measure_gradients(outputs.terms, shares)
+        if self._meter.due:
+            self._meter.take(outputs.terms, shares)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def _measure_gradients(self, terms: dict[str, torch.Tensor], shares: Shares | None) -> None:
-        """Takes the gradient norm of each term on the student, as if this micro-batch were the whole batch."""
-        self._measure = False
-        parameters = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        whole = {name: shares[self.objective.losses[name].unit] for name in terms} if shares is not None else {}
-        norms = gradient_norms(terms, parameters, whole)
-        if self.args.world_size > 1:
-            together = self.accelerator.reduce(torch.stack(list(norms.values())), reduction="mean")
-            norms = dict(zip(norms, together, strict=True))
-        for name, norm in norms.items():
-            self._terms.add_norm(name, norm)
-        if self.objective.balance is not None:
-            self.objective.balance.update(norms, self.objective.weights)
 
     def _count_rows(self, batch: dict[str, Any]) -> torch.Tensor:
         """(rows, labeled rows) of one batch, on its device."""
@@ -228,35 +210,32 @@ class DistillationTrainer(Trainer):
             logs.update({f"weight_{name}": weight.item() for name, weight in weights.items()})
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As `Trainer.train`; projections that start by least squares are fitted first, unless training is resumed."""
-        self._terms = TermLog()
-        if not resume_from_checkpoint and self.teacher is not None and projected_losses(self.objective):
-            several = self.args.world_size > 1
-            device = self.args.device
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; projections that start by least squares are fitted before the first step, once."""
+        self._begin_training()
+        if not (resume_from_checkpoint or self._fitted) and projected_losses(self.objective):
+            several, device = self.args.world_size > 1, self.args.device
             fit_projections(
                 self._distillation_model,
                 self.teacher,
-                self._some_batches(self.args.projection_init_batches),
+                self._some_batches(setting_of(self.args, "projection_init_batches")),
                 lambda x: self.accelerator.reduce(x.to(device), reduction="sum").cpu() if several else x,
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._fitted = True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _some_batches(self, count: int) -> Iterator[dict[str, Any]]:
         """Batches of rows spread over the training data, this rank's share; the order of training is untouched."""
-        data = self.train_dataset
+        data, collate = self.train_dataset, self.data_collator
         if hasattr(data, "column_names") and hasattr(data, "__len__"):
             data = self._remove_unused_columns(data, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
         rank, ranks = self.args.process_index, self.args.world_size
         rows = spread_rows(data, count * self.args.per_device_train_batch_size * ranks)[rank::ranks]
         # A generator of its own: a loader draws a seed even where it shuffles nothing.
-        loader = DataLoader(
-            Subset(data, rows),
-            self.args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-            generator=torch.Generator(),
-        )
-        return map(self._prepare_inputs, loader)
+        size, generator = self.args.per_device_train_batch_size, torch.Generator()
+        return map(self._prepare_inputs, DataLoader(Subset(data, rows), size, collate_fn=collate, generator=generator))
 
     # ---- data and optimizer ----
 
@@ -272,12 +251,13 @@ class DistillationTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer; the projections in groups of their own where they have rules of their own."""
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        factor = getattr(self.args, "projection_learning_rate_factor", 1.0)
-        decay = getattr(self.args, "projection_weight_decay", None)
-        if factor != 1.0 or decay is not None:
+        factor = setting_of(self.args, "projection_learning_rate_factor")
+        decay = setting_of(self.args, "projection_weight_decay")
+        if is_new and (factor != 1.0 or decay is not None):
             named = (model or self.model).named_parameters()
-            projections = {parameter for name, parameter in named if name.startswith("objective.")}
+            projections = {parameter for name, parameter in named if ".objective." in f".{name}"}
             separate_projections(optimizer, projections, factor, decay, self.args.weight_decay)
         return optimizer
 

@@ -15,11 +15,6 @@ def test_defaults_that_differ_from_the_trainers():
     assert args.term_gradient_norm_steps == 0
 
 
-def test_balancing_measures_even_where_no_steps_are_given():
-    args = DistillationArguments(output_dir="x", use_cpu=True, loss_balancing="gradient_norm")
-    assert args.term_gradient_norm_steps == 20
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -84,6 +84,12 @@ def test_every_mistake_is_named_with_its_path_at_once(write):
         ({"losses": {"kl": {"temprature": 2}}}, "kl: unknown keyword argument 'temprature'"),
         ({"losses": {"hidden": {"layers": "unifrom"}}}, "hidden: layers must be one of uniform, last, first"),
         ({"losses": {"kl": {"weight": 0}}}, "all loss weights are 0"),
+        ({"losses": {"kl": {"weight": "abc"}}}, "losses.kl.weight: must be a finite number, got 'abc'"),
+        ({"losses": {"kl": {"weight": None}}}, "losses.kl.weight: must be a finite number, got None"),
+        ({"losses": {"kl": {"weight": True}}}, "losses.kl.weight: must be a finite number, got True"),
+        ({"losses": {"kl": {"weight": -1}}}, "losses.kl.weight: must be >= 0 all the time, got -1"),
+        ({"losses": {"kl": {"weight": {"schedule": "liner"}}}}, "losses.kl.weight: schedule must be one of constant, "),
+        ({"training": {"projection_learning_rate": 0.1}}, "is not set here: set projection_learning_rate_factor"),
         ({"seeds": [1, 1]}, "seeds: must be distinct"),
         ({"training": {"output_dir": "x"}}, "training.output_dir: is not set here"),
         ({"training": {"learning_rat": 1}}, "training.learning_rat: unknown setting; did you mean learning_rate?"),
@@ -203,3 +209,12 @@ def test_every_config_parses(path):
         assert config.mixed_precision in ("no", "bf16")
     else:
         assert load_experiment(path).losses
+
+
+def test_weights_and_temperatures_may_follow_a_schedule_in_the_file_and_on_the_command_line(write):
+    cosine = {"schedule": "cosine", "start": 8.0, "end": 1.0}
+    overrides = {"losses.kl.weight": {"schedule": "range", "value": 1.0, "until": 0.3}}
+    settings = MINIMAL | {"losses": {"kl": {"temperature": cosine}, "ce": {}}}
+    experiment = load_experiment(write(settings), overrides)
+    assert experiment.losses["kl"].weight == overrides["losses.kl.weight"]
+    assert experiment.losses["kl"].arguments() == {"temperature": cosine}

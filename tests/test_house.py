@@ -34,6 +34,7 @@ FLOORS = {
     "teacher_cache": 3,
     "checkpoints": 3,
     "projections": 3,
+    "gradient_meter": 3,
     "arguments": 4,
     "trainer": 4,
     "pipeline": 6,

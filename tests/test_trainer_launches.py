@@ -568,3 +568,14 @@ def test_a_checkpoint_of_another_adapter_is_refused(make_trainer, tmp_path, othe
         make_trainer("second", student=student).train(resume_from_checkpoint=str(checkpoint))
     said = {"rank": "lora", "targets": "the adapter has other weights than the student's", "plain": "no model"}
     assert said[other] in str(error.value)
+
+
+@pytest.mark.parametrize("names", [["task"], ["default", "other"]])
+def test_adapters_that_a_checkpoint_would_not_hold_are_refused(make_trainer, names):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=TARGETS["distilbert"])
+    student = peft.get_peft_model(make_student(dropout=0.0), config, adapter_name=names[0])
+    for name in names[1:]:
+        student.add_adapter(name, config)
+    with pytest.raises(ValueError, match=f'must have one adapter named "default", got {", ".join(names)}'):
+        make_trainer(student=student)

@@ -14,12 +14,14 @@ from helpers import (
     make_dataset,
     make_student,
     make_teacher,
+    make_tokenizer,
     parameters_of,
     step_logs,
 )
+from transformers import TrainingArguments
 
-from distill_nlp import CrossEntropyLoss, HiddenStateLoss, KLDivergenceLoss, PKDLoss
-from distill_nlp.terms import gradient_norms
+from distill_nlp import CrossEntropyLoss, DistillationTrainer, HiddenStateLoss, KLDivergenceLoss, PKDLoss
+from distill_nlp.gradient_meter import gradient_norms
 
 # ---- schedules ----
 
@@ -96,13 +98,19 @@ def test_measuring_does_not_change_training(make_trainer, settings):
     assert largest_difference(train(), train(term_gradient_norm_steps=1)) == 0
 
 
-def test_balanced_gradients_are_in_the_ratio_of_the_weights(make_trainer):
-    trainer = make_trainer(max_steps=1, loss_balancing="gradient_norm")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_balanced_gradients_are_in_the_ratio_of_the_weights(make_trainer, accumulation):
+    """From the step after the measurement on, for all of its micro-batches."""
+    trainer = make_trainer(max_steps=2, loss_balancing="gradient_norm", gradient_accumulation_steps=accumulation)
     trainer.train()
-    (entry,) = step_logs(trainer)
-    pulls = {n: entry[f"weight_{n}"] * entry[f"gradient_norm_{n}"] for n in ALL_WEIGHTS}
+    first, second = step_logs(trainer)
+    assert {name: first[f"weight_{name}"] for name in ALL_WEIGHTS} == pytest.approx(ALL_WEIGHTS)
+    pulls = {n: second[f"weight_{n}"] * first[f"gradient_norm_{n}"] for n in ALL_WEIGHTS}
     for name, weight in ALL_WEIGHTS.items():
         assert pulls[name] / pulls["ce"] == pytest.approx(weight / ALL_WEIGHTS["ce"], rel=1e-4)
+    for entry in (first, second):
+        total = sum(entry[f"weight_{name}"] * entry[f"loss_{name}"] for name in ALL_WEIGHTS)
+        assert entry["loss"] == pytest.approx(total, rel=1e-5)
 
 
 def test_balancing_changes_the_steps_after_the_measurement(make_trainer):
@@ -123,8 +131,8 @@ def test_the_balance_goes_into_checkpoints_and_not_into_the_saved_student(make_t
     assert not (tmp_path / "saved" / "objective.safetensors").exists()
     other = make_trainer("other", loss_balancing="gradient_norm")
     other._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
-    assert other.objective.balance.factors.tolist() == trainer.objective.balance.factors.tolist()
-    assert trainer.objective.balance.factors.std() > 0
+    assert other.objective.balance.log_norms.tolist() == trainer.objective.balance.log_norms.tolist()
+    assert trainer.objective.balance.log_norms.std() > 0
 
 
 # ---- warnings ----
@@ -241,3 +249,40 @@ def test_projections_have_their_own_weight_decay_and_their_biases_none(make_trai
             assert decays[id(parameter)] == (0.0 if name.endswith("bias") else 0.05), name
         elif not name.endswith("bias") and "norm" not in name.lower():
             assert decays[id(parameter)] == usual, name
+
+
+def test_training_twice_keeps_one_set_of_groups_and_fits_once(make_trainer, tmp_path):
+    settings = {"projection_learning_rate_factor": 2.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer = make_trainer(losses=hidden(), loss_weights={}, **settings)
+    trainer.train()
+    groups = len(trainer.optimizer.param_groups)
+    assert all(group["params"] for group in trainer.optimizer.param_groups)
+    trained = parameters_of(trainer.model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert len(trainer.optimizer.param_groups) == groups
+    assert largest_difference(parameters_of(trainer.model), trained) == 0
+    before = parameters_of(trainer.objective)
+    trainer.args.learning_rate = 1e-12
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    assert largest_difference(parameters_of(trainer.objective), before) < 1e-6
+
+
+def test_plain_training_arguments_have_the_defaults_of_ours(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, disable_tqdm=True, report_to="none")
+    trainer = DistillationTrainer(
+        model=make_student(),
+        teacher=make_teacher(),
+        losses=hidden(),
+        args=args,
+        train_dataset=make_dataset(),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    assert step_logs(trainer) or trainer.state.global_step == 1
+
+
+def test_the_objective_is_shown_once_where_training_begins(make_trainer, capsys):
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    assert capsys.readouterr().out.count(f"objective: {trainer.objective.formula()}") == 1

@@ -1,0 +1,127 @@
+"""The settings of a training: arguments of Transformers' Trainer, each with its range and meaning."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class TrainingSection(BaseModel):
+    """Arguments of `transformers.TrainingArguments` under their own names; others than these are taken as well."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), allow_inf_nan=False)
+
+    learning_rate: float = Field(5e-5, gt=0, lt=10, description="peak learning rate")
+    num_train_epochs: float = Field(3.0, gt=0, description="passes over the training rows")
+    max_steps: int = Field(-1, description="optimizer steps, instead of epochs; -1: by epochs")
+    per_device_train_batch_size: int = Field(16, ge=1, description="rows of one forward pass on one device")
+    per_device_eval_batch_size: int = Field(64, ge=1, description="rows of one forward pass in evaluation")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes per optimizer step")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's weight decay")
+    warmup_steps: float = Field(0.1, ge=0, description="steps of warm-up; below 1, a part of all steps")
+    lr_scheduler_type: str = Field("linear", description="schedule of the learning rate")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: never")
+    projection_learning_rate_factor: float = Field(1.0, gt=0, description="of learned projections: times learning_rate")
+    projection_weight_decay: float | None = Field(None, ge=0, description="of learned projections; else weight_decay")
+    projection_init_batches: int = Field(8, ge=1, description="batches behind a least-squares start of projections")
+    loss_balancing: Literal["none", "gradient_norm"] = Field(
+        "none", description="gradient_norm: the terms' gradients are kept in the ratio of their weights"
+    )
+    term_gradient_norm_steps: int = Field(
+        0, ge=0, description="log each term's gradient norm every so many steps; 0: never"
+    )
+    bf16: bool = Field(False, description="bfloat16 autocast")
+    fp16: bool = Field(False, description="float16 autocast with loss scaling (GPU)")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory")
+    torch_compile: bool = Field(False, description="compile the student")
+    train_sampling_strategy: str = Field(
+        "group_by_length", description="random, sequential, or group_by_length: batches of like lengths, less padding"
+    )
+    eval_strategy: Literal["epoch", "steps", "no"] = Field("epoch", description="when to evaluate and to save")
+    eval_steps: int | None = Field(None, ge=1, description='steps between evaluations with eval_strategy "steps"')
+    metric_for_best_model: Literal["accuracy", "f1_macro", "loss"] = Field(
+        "accuracy", description="validation metric that picks the best checkpoint"
+    )
+    logging_steps: float = Field(50, gt=0, description="steps between log entries; below 1, a part of all steps")
+    dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare batches")
+    report_to: str | list[str] = Field("none", description="trackers: tensorboard, wandb, trackio, ...")
+    use_cpu: bool = Field(False, description="stay on the CPU although there is an accelerator")
+
+    @field_validator("max_steps")
+    @classmethod
+    def _no_zero_steps(cls, steps: int) -> int:
+        if steps != -1 and steps < 1:
+            raise ValueError(f"must be at least 1, or -1 to go by epochs, got {steps}")
+        return steps
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _all_mistakes(cls, values: Any, handler: Any) -> Any:
+        """Names and types of the arguments that are not listed here, together with what is wrong with the others."""
+        mistakes = cls._mistakes(values) if isinstance(values, dict) else []
+        try:
+            section = handler(values)
+        except ValidationError as error:
+            known = [
+                InitErrorDetails(**{k: e[k] for k in ("type", "loc", "input", "ctx") if k in e}) for e in error.errors()
+            ]
+            raise ValidationError.from_exception_data(cls.__name__, [*known, *mistakes]) from None
+        if mistakes:
+            raise ValidationError.from_exception_data(cls.__name__, mistakes)
+        return section
+
+    @classmethod
+    def _mistakes(cls, values: dict[str, Any]) -> list[InitErrorDetails]:
+        managed = {
+            "output_dir": "set `output_dir` at the top",
+            "seed": "set `seeds` at the top",
+            "save_strategy": "it follows eval_strategy",
+            "save_steps": "it follows eval_steps",
+            "load_best_model_at_end": "it follows eval_strategy",
+            "label_smoothing_factor": "set `losses.ce.label_smoothing`",
+            "projection_learning_rate": "set projection_learning_rate_factor, a multiple of learning_rate",
+            "push_to_hub": "push the finished student, see the README",
+            "remove_unused_columns": "the trainer decides it",
+        }
+        mistakes = []
+        if values.get("eval_strategy") == "steps" and values.get("eval_steps") is None:
+            mistakes.append(mistake("eval_steps", None, 'is needed with eval_strategy "steps"'))
+        extra = {str(name): value for name, value in values.items() if name not in cls.model_fields}
+        if not extra:
+            return mistakes
+        from distill_nlp.arguments import DistillationArguments
+
+        fields = DistillationArguments.__dataclass_fields__
+        for name, value in extra.items():
+            if name in managed:
+                mistakes.append(mistake(name, value, f"is not set here: {managed[name]}"))
+            elif name not in fields:
+                mistakes.append(mistake(name, value, f"unknown setting{did_you_mean(name, cls.model_fields)}"))
+            elif not _same_kind(value, fields[name].default):
+                kind = "true or false" if isinstance(fields[name].default, bool) else "a number"
+                mistakes.append(mistake(name, value, f"must be {kind}, got {value!r}"))
+        return mistakes
+
+
+def mistake(name: str, value: Any, message: str) -> InitErrorDetails:
+    # A template in braces would be filled in; the message is final.
+    escaped = message.replace("{", "{{").replace("}", "}}")
+    return InitErrorDetails(type=PydanticCustomError("value_error", escaped), loc=(name,), input=value)
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    """Whether a value can stand where a number or a truth value is the default; other defaults tell nothing."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return True

@@ -1,0 +1,62 @@
+"""What the documentation says is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from distill_nlp.layer_mapping import map_layers
+from distill_nlp.losses import LOSSES
+from distill_nlp.losses.base import TASKS
+
+ROOT = Path(__file__).parent.parent
+LETTERS = {"single_label_classification": "s", "multi_label_classification": "m", "regression": "r"}
+
+
+def rows_of_the_catalogue() -> dict[str, list[str]]:
+    """Name of each loss -> the cells after it."""
+    rows = {}
+    for line in (ROOT / "docs" / "losses.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) > 5 and cells[0].startswith("`"):
+            rows[cells[0].strip("`")] = cells[1:]
+    return rows
+
+
+def test_the_table_of_losses_has_each_loss_once_with_its_tasks_and_cost():
+    rows = rows_of_the_catalogue()
+    assert list(rows) == list(LOSSES)
+    for name, (_formula, _source, reads, tasks, *costs) in rows.items():
+        assert tasks.split() == [LETTERS[task] for task in TASKS if task in LOSSES[name].tasks], name
+        assert reads
+        assert len(costs) == 4
+        assert all(float(cost) > 0.1 for cost in costs), name
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_says_its_formula_source_shapes_refusals_and_an_example(name):
+    text = LOSSES[name].__doc__
+    parts = ["Shapes:", "Raises:", "Example:"] + (["Source"] if name != "ce" else [])
+    assert [part for part in parts if part not in text] == []
+    (example,) = re.findall(r">>> loss = (\w+\(.*\))", text)
+    loss = eval(example, {LOSSES[name].__name__: LOSSES[name]})
+    assert isinstance(loss, LOSSES[name])
+
+
+def test_the_layers_shown_are_those_that_are_mapped():
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)`[^|]*\| ((?:\d→\d+(?:, )?)+) \|$", text, flags=re.MULTILINE)
+    assert len(shown) == 4
+    for layers, pairs in shown:
+        expected = [tuple(map(int, pair.split("→"))) for pair in pairs.split(", ")]
+        assert map_layers(layers, student_depth=4, teacher_depth=12) == expected
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/losses.md", "benchmarks/RESULTS.md"])
+def test_links_between_pages_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), target
