@@ -2,14 +2,14 @@
 
 Transformers returns attention maps only in eager mode, and there after dropout. Here the model's attention function is
 wrapped by one that runs it unchanged and, inside `forward_with_features`, keeps the queries, keys and values of the
-layers asked for; a loss computes the maps it needs from them.
+layers asked for; a loss computes the maps it needs from them. MPNet, which calls no such function, has hooks instead.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import reduce, wraps
+from functools import partial, reduce, wraps
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 from transformers.utils import output_capturing
 
 from distill_nlp.outputs import AttentionInputs, Features
@@ -35,6 +36,8 @@ class _Collector:
         self.layers = layers
         self.calls = 0
         self.attentions: dict[int, AttentionInputs] = {}
+        # What MPNet's linears gave in the call that is under way.
+        self.projections: dict[str, torch.Tensor] = {}
 
 
 class _Active(threading.local):
@@ -90,6 +93,37 @@ def _attention_inputs(module, query, key, value, mask, scaling, is_causal=None, 
     return AttentionInputs(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
+def _keep_projection(name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    """Forward hook of MPNet's linears for queries, keys and values."""
+    if _active.collectors:
+        collector = _active.collectors[-1]
+        if collector.calls + 1 in collector.layers:
+            collector.projections[name] = output
+
+
+_KEEP_PROJECTION = {attribute: partial(_keep_projection, attribute) for attribute in ("q", "k", "v")}
+
+
+def _keep_mpnet_attention(module: MPNetSelfAttention, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of MPNet's attention."""
+    if not _active.collectors:
+        return
+    collector = _active.collectors[-1]
+    collector.calls += 1
+    if collector.calls not in collector.layers:
+        return
+    mask, bias = _mask_and_bias(*args, **kwargs)
+    size = module.attention_head_size
+    query, key, value = (collector.projections.pop(name).unflatten(-1, (-1, size)).transpose(1, 2) for name in "qkv")
+    # One bias for all rows, which MPNet repeats for each: a view would keep all of them.
+    bias = None if bias is None else bias[:1].clone()
+    collector.attentions[collector.calls] = AttentionInputs(query, key, value, mask, size**-0.5, bias)
+
+
+def _mask_and_bias(hidden_states, attention_mask=None, position_bias=None, *_, **__):
+    return attention_mask, position_bias
+
+
 AttentionInterface.register(ATTENTION_NAME, _capturing(sdpa_attention_forward))
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
@@ -97,11 +131,18 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 def enable_attention_capture(model: nn.Module) -> None:
     """Makes the model's queries, keys and values available to `forward_with_features`.
 
-    A model on flash attention stays on it; any other goes to SDPA, whose outputs are those of eager attention.
+    A model on flash attention stays on it; any other goes to SDPA, whose outputs are those of eager attention. MPNet
+    stays as it is.
 
     Raises:
-        ValueError: the model does not go through Transformers' attention interface.
+        ValueError: the model does not go through Transformers' attention interface, and is no MPNet.
     """
+    if mpnet := [module for module in model.modules() if isinstance(module, MPNetSelfAttention)]:
+        for module in mpnet:
+            for attribute, hook in _KEEP_PROJECTION.items():
+                _hook_once(getattr(module, attribute), hook)
+            _hook_once(module, _keep_mpnet_attention, with_kwargs=True)
+        return
     functions = AttentionInterface()
     if isinstance(model, PreTrainedModel) and model._can_set_attn_implementation():
         name = model.config._attn_implementation
@@ -114,8 +155,20 @@ def enable_attention_capture(model: nn.Module) -> None:
     if not hasattr(functions.get(name), "is_capturing"):
         raise ValueError(
             f"{type(model).__name__} does not use Transformers' attention interface, so that its queries and keys "
-            "cannot be captured; use hidden-state losses or losses of the logits for it"
+            f"cannot be captured{_why(model)}; use hidden-state losses or losses of the logits for it"
         )
+
+
+def _hook_once(module: nn.Module, hook: Callable[..., None], **settings: bool) -> None:
+    if hook not in module._forward_hooks.values():
+        module.register_forward_hook(hook, **settings)
+
+
+def _why(model: nn.Module) -> str:
+    """What stands in the way of hooks as MPNet has them, where it is known."""
+    if getattr(getattr(model, "config", None), "model_type", None) in ("deberta", "deberta-v2"):
+        return " (DeBERTa adds terms of relative positions to its scores, computed from the hidden states inside)"
+    return ""
 
 
 def forward_with_features(
@@ -131,7 +184,7 @@ def forward_with_features(
         attention_layers: n is block n; the model must have gone through `enable_attention_capture`.
 
     Raises:
-        ValueError: the model gave fewer layers than asked for.
+        ValueError: the model gave fewer layers than asked for, or another number than its config says.
     """
     if hidden_state_layers:
         # A model with a loop of its own over its layers takes the list for True, and keeps all.
@@ -153,13 +206,26 @@ def forward_with_features(
                 f"{name} returned {len(all_states)} hidden states (embeddings and blocks), but a loss reads layer "
                 f"{max(hidden_state_layers)}"
             )
+        _check_depth(model, len(all_states) - 1, "hidden states after that of the embeddings")
         hidden_states = {layer: all_states[layer] for layer in hidden_state_layers}
     if missing := attention_layers - collector.attentions.keys():
         raise ValueError(
             f"{name} made {collector.calls} calls of its attention function, but a loss reads layers "
             f"{sorted(missing)}; is it on the capturing attention (`enable_attention_capture`)?"
         )
+    if attention_layers:
+        _check_depth(model, collector.calls, "calls of its attention function")
     return Features(logits_of(outputs), hidden_states, collector.attentions)
+
+
+def _check_depth(model: Callable[..., Any], count: int, what: str) -> None:
+    """The n-th hidden state or call is taken for layer n, as the layer mapping counts them: by the config."""
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if depth is not None and count != depth:
+        raise ValueError(
+            f"{type(model).__name__} made {count} {what}, but its config says num_hidden_layers={depth}, so that its "
+            "layers cannot be told by number; use losses of the logits for it"
+        )
 
 
 def logits_of(outputs: Any) -> Any:

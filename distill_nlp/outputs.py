@@ -18,6 +18,7 @@ class AttentionInputs:
         value: `(B, A, S, D_value)`.
         mask: `(B, 1, 1 or S, S)`, boolean (True = may be attended) or additive, or None.
         scaling: factor on `query @ key.T`.
+        bias: `(1 or B, A, S, S)`, added to the scaled scores, with its graph where it is learned; or None.
     """
 
     query: torch.Tensor
@@ -25,6 +26,7 @@ class AttentionInputs:
     value: torch.Tensor
     mask: torch.Tensor | None
     scaling: float
+    bias: torch.Tensor | None = None
 
 
 @dataclass

@@ -18,9 +18,29 @@ def over_heads(maps, heads: str):
     ]
 
 
+def reference_map_with_bias(query, key, bias, mask) -> list:
+    """`softmax(Q Kᵀ / √d + bias)`, [row][head][query token][key token], with `bias` (A, S, S) the same for all rows."""
+    query, key, bias, mask = (to_numpy(tensor) for tensor in (query, key, bias, mask))
+    rows, heads, tokens, size = query.shape
+    maps = [[[[0.0] * tokens for _ in range(tokens)] for _ in range(heads)] for _ in range(rows)]
+    for b in range(rows):
+        real = [k for k in range(tokens) if mask[b, k]]
+        for a in range(heads):
+            for i in range(tokens):
+                scores = []
+                for k in real:
+                    dot = sum(query[b, a, i, c] * key[b, a, k, c] for c in range(size))
+                    scores.append(dot / math.sqrt(size) + bias[a, i, k])
+                for k, value in zip(real, softmax_row(scores), strict=True):
+                    maps[b][a][i][k] = value
+    return maps
+
+
 def reference_attention_heads(student, teacher, mask, kind: str, heads: str) -> float:
-    """One pair of layers, each given as (query, key), with the maps taken by head, averaged or summed."""
-    student_maps, teacher_maps = reference_map(*student, mask), reference_map(*teacher, mask)
+    """One pair of layers, each (query, key) or (query, key, bias), with the maps by head, averaged or summed."""
+    student_maps, teacher_maps = (
+        (reference_map if len(side) == 2 else reference_map_with_bias)(*side, mask) for side in (student, teacher)
+    )
     rows = []
     for b, real_row in enumerate(to_numpy(mask)):
         real = [i for i, seen in enumerate(real_row) if seen]

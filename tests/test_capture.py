@@ -5,6 +5,8 @@ import gc
 import json
 import threading
 import weakref
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +23,13 @@ from helpers import (
     seeded,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AlbertConfig,
     AttentionInterface,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartModel,
     DebertaConfig,
     DebertaV2Config,
     ElectraConfig,
@@ -78,6 +83,8 @@ CONFIGS = {
         vocab_size=100, n_embd=32, n_layer=3, n_head=4, n_positions=40, initializer_range=0.2, pad_token_id=0
     ),
     "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2, pad_token_id=0),
+    # Not on the attention interface: eager only, with a learned bias of relative positions.
+    "mpnet": MPNetConfig(**SIZES),
 }
 BLOCKS = {
     "bert": "bert.encoder.layer",
@@ -86,19 +93,21 @@ BLOCKS = {
     "xlm-roberta": "roberta.encoder.layer",
     "modernbert": "model.layers",
     "electra": "electra.encoder.layer",
+    "mpnet": "mpnet.encoder.layer",
 }
 FAMILIES = pytest.mark.parametrize("family", list(CONFIGS))
 
 
 def build(family, implementation, seed=7):
     config = copy.deepcopy(CONFIGS[family])
+    implementation = "eager" if family == "mpnet" else implementation
     return seeded(
         seed, lambda: AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
     ).eval()
 
 
 def skip_where_it_cannot_be_captured(model):
-    if not model._can_set_attn_implementation():
+    if model.config.model_type != "mpnet" and not model._can_set_attn_implementation():
         pytest.skip("in this version of Transformers the family is not on the attention interface")
 
 
@@ -178,6 +187,8 @@ def test_the_attention_loss_and_its_gradients_are_those_of_eager_maps(family):
         assert difference <= 1e-5 * other.grad.norm() + 1e-12, name
         reached += 1
     assert reached > depth
+    if family == "mpnet":
+        assert fused.mpnet.encoder.relative_attention_bias.weight.grad.any()
 
 
 @FAMILIES
@@ -360,7 +371,7 @@ def build_enabled(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet"])
 def test_a_compiled_model_gives_the_same_inputs_of_its_attention_each_time(family):
     model = build_enabled(family)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -376,7 +387,7 @@ def test_a_compiled_model_gives_the_same_inputs_of_its_attention_each_time(famil
         assert set(found.attentions) == set(found.hidden_states) == layers
         for layer in layers:
             torch.testing.assert_close(found.hidden_states[layer], expected.hidden_states[layer])
-            for name in ("query", "key", "value", "mask"):
+            for name in ("query", "key", "value", "mask", *(["bias"] if family == "mpnet" else [])):
                 torch.testing.assert_close(
                     getattr(found.attentions[layer], name), getattr(expected.attentions[layer], name)
                 )
@@ -420,6 +431,143 @@ def test_attention_dropout_does_not_reach_the_map():
     model.set_attn_implementation("eager")
     after_dropout = model(**inputs, output_attentions=True).attentions[0]
     assert (after_dropout - still.exp()).abs().max() > 0.1
+
+
+# ---- MPNet ----
+
+
+def test_attention_dropout_does_not_reach_the_map_of_mpnet():
+    settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.5}
+    config = MPNetConfig(**SIZES, **settings)
+    model = seeded(7, lambda: AutoModelForSequenceClassification.from_config(config))
+    inputs = inputs_for(model)
+    enable_attention_capture(model)
+    still = log_attention_map(forward_with_features(model.eval(), inputs, set(), {1}).attentions[1])
+    noisy = log_attention_map(forward_with_features(model.train(), inputs, set(), {1}).attentions[1])
+    torch.testing.assert_close(noisy, still, rtol=0, atol=0)
+    after_dropout = model(**inputs, output_attentions=True).attentions[0]
+    assert (after_dropout - still.exp()).abs().max() > 0.1
+
+
+def maps_of(model, inputs, layer):
+    with torch.no_grad():
+        return log_attention_map(forward_with_features(model, inputs, set(), {layer}).attentions[layer]).exp()
+
+
+def test_mpnet_enabled_twice_or_copied_has_its_calls_counted_once():
+    model = build_enabled("mpnet")
+    copied = copy.deepcopy(model)
+    inputs = inputs_for(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+        for each in (model, copied):
+            enable_attention_capture(each)
+            expected = each(**inputs, output_attentions=True).attentions[1]
+            assert (maps_of(each, inputs, 2) - expected).abs().transpose(1, 2)[
+                inputs["attention_mask"] == 1
+            ].max() < 1e-6
+
+
+@pytest.mark.parametrize("enabled_before", [True, False])
+def test_adapters_of_mpnet_are_part_of_its_map(enabled_before):
+    peft = pytest.importorskip("peft")
+    model = build("mpnet", "eager")
+    if enabled_before:
+        enable_attention_capture(model)
+    inputs = inputs_for(model)
+    before = model(**inputs, output_attentions=True).attentions[1]
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q", "k"], init_lora_weights=False)
+    model = seeded(3, lambda: peft.get_peft_model(model, config)).eval()
+    enable_attention_capture(model)
+    real = inputs["attention_mask"] == 1
+    expected = model(**inputs, output_attentions=True).attentions[1]
+    assert (expected - before).abs().transpose(1, 2)[real].max() > 0.01
+    assert (maps_of(model, inputs, 2) - expected).abs().transpose(1, 2)[real].max() < 1e-6
+
+
+def test_only_what_is_asked_for_is_kept_of_mpnet():
+    model = build_enabled("mpnet")
+    inputs = inputs_for(model)
+    outputs = {}
+    for number, block in enumerate(model.mpnet.encoder.layer, start=1):
+        for name in "qkv":
+            linear = getattr(block.attention.attn, name)
+            linear.register_forward_hook(
+                lambda module, args, output, key=(number, name): outputs.update({key: weakref.ref(output)})
+            )
+    alive = set()
+
+    def look(module, args):
+        gc.collect()
+        alive.update(number for (number, _), reference in outputs.items() if reference() is not None)
+
+    handle = model.classifier.register_forward_pre_hook(look)
+    with torch.no_grad():
+        found = forward_with_features(model, inputs, set(), {2})
+        handle.remove()
+        assert len(outputs) == 9
+        # Those of layer 2, of which the views into them hold the storage.
+        assert alive <= {2}
+        bias = found.attentions[2].bias
+        tokens = inputs["input_ids"].shape[1]
+        assert bias.shape == (1, 4, tokens, tokens)
+        # Not a view into the one that MPNet repeats for each row.
+        assert bias.untyped_storage().nbytes() == 4 * bias.numel()
+        model(**inputs)
+        gc.collect()
+        del found
+        assert not any(reference() is not None for reference in outputs.values())
+    assert _active.collectors == []
+
+
+def test_mpnet_may_be_checkpointed_block_by_block_and_refuses_it_as_a_whole():
+    """Its class in Transformers has no gradient checkpointing; wrappers around its blocks have."""
+
+    def run(checkpointing):
+        student, teacher = build("mpnet", "eager", seed=3).train(), build_enabled("bert")
+        objective = DistillationObjective({"attention": AttentionLoss()})
+        model = DistillationModel(student, objective, teacher.config).train()
+        with pytest.raises(ValueError, match="MPNetForSequenceClassification does not support"):
+            model.activation_checkpointing_enable()
+        if checkpointing:
+            for block in student.mpnet.encoder.layer:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        with torch.no_grad():
+            target = forward_with_features(teacher, inputs_for(teacher), set(), {1, 2, 3, 4})
+        torch.manual_seed(0)
+        output = model(teacher=target, **make_batch())
+        output.loss.backward()
+        return output.loss.item(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+    (plain_loss, plain), (loss, checkpointed) = run(False), run(True)
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    assert plain["mpnet.encoder.relative_attention_bias.weight"].any()
+    assert plain["mpnet.encoder.layer.2.attention.attn.q.weight"].any()
+    assert largest_difference(plain, checkpointed) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_compiled_step_of_mpnet_gives_the_same_gradients():
+    def step(compile_model):
+        torch._dynamo.reset()
+        student, teacher = build("mpnet", "eager", seed=3), build_enabled("mpnet")
+        model = DistillationModel(student, DistillationObjective({"attention": AttentionLoss()}), teacher.config)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        with torch.no_grad():
+            target = forward_with_features(teacher, inputs_for(teacher), set(), {1, 2, 3})
+        run = torch.compile(model.train(), backend="aot_eager") if compile_model else model.train()
+        run(teacher=target, **make_batch()).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = step(False)
+    assert plain["student.mpnet.encoder.relative_attention_bias.weight"].any()
+    assert largest_difference(plain, step(True)) < 1e-5
+
+
+# ---- gradient checkpointing ----
 
 
 def gradients(checkpointing, family, dropout):
@@ -490,11 +638,13 @@ def test_reentrant_checkpointing_does_not_lose_the_attention_gradient_silently()
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
+# ---- what does not fit ----
+
+
 # Their scores hold relative positions; each has its own loop over its layers.
 REFUSED = {
     "Deberta": DebertaConfig(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
     "DebertaV2": DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
-    "MPNet": MPNetConfig(**SIZES),
 }
 
 
@@ -502,7 +652,9 @@ REFUSED = {
 def test_models_with_attention_of_their_own_are_refused_by_name_in_one_line(family):
     model = seeded(7, lambda: AutoModelForSequenceClassification.from_config(copy.deepcopy(REFUSED[family])))
     with pytest.raises(
-        ValueError, match=rf"^{family}ForSequenceClassification does not use .* interface, so that"
+        ValueError,
+        match=rf"^{family}ForSequenceClassification does not use .* interface, so that .* \(DeBERTa adds terms of "
+        "relative positions to its scores, computed from the hidden states inside",
     ) as e:
         enable_attention_capture(model)
     assert "\n" not in str(e.value)
@@ -518,6 +670,66 @@ def test_hidden_states_of_models_with_a_loop_of_their_own(family):
     for layer, states in found.hidden_states.items():
         torch.testing.assert_close(states, expected.hidden_states[layer], rtol=0, atol=0)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrap", ["plain", "compiled", "peft"])
+def test_layers_that_hold_several_blocks_are_refused_because_they_cannot_be_numbered(wrap):
+    """Two inner blocks make four calls for two layers: "last" would take the second call of four."""
+    config = AlbertConfig(**SIZES | {"num_hidden_layers": 2, "inner_group_num": 2}, embedding_size=16)
+    model = AutoModelForSequenceClassification.from_config(config)
+    enable_attention_capture(model)
+    inputs = inputs_for(model)
+    if wrap == "compiled":
+        model = torch.compile(model, backend="eager")
+    elif wrap == "peft":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    for layers, what in (((set(), {2}), "calls of its attention"), (({2}, set()), "hidden states after that of")):
+        with pytest.raises(ValueError, match=rf"made 4 {what} .* num_hidden_layers=2, so that") as error:
+            forward_with_features(model, inputs, *layers)
+        assert "\n" not in str(error.value)
+    assert forward_with_features(model, inputs, set(), set()).logits.shape == (4, 3)
+
+
+def test_an_encoder_and_a_decoder_are_refused_because_they_cannot_be_numbered():
+    settings = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = BartConfig(
+        vocab_size=100, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=40, **settings
+    )
+    model = BartModel(config).eval()
+    enable_attention_capture(model)
+    inputs = {name: make_batch()[name] for name in ("input_ids", "attention_mask")}
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.config = model, config
+
+        def forward(self, **inputs):
+            return self.model(**inputs).last_hidden_state[:, 0]
+
+    # Two blocks of self-attention in each, and two of cross-attention.
+    with pytest.raises(ValueError, match=r"made 6 calls of its attention function, .* num_hidden_layers=2, so that"):
+        forward_with_features(Classifier(), inputs, set(), {2})
+
+
+def test_a_module_whose_config_names_no_depth_is_numbered_by_its_calls():
+    inner = build_enabled("distilbert")
+    inputs = inputs_for(inner)
+    for config in (None, SimpleNamespace(num_labels=3)):
+
+        class Wrapper(nn.Module):
+            def __init__(self, config):
+                super().__init__()
+                self.inner = inner
+                if config is not None:
+                    self.config = config
+
+            def forward(self, **inputs):
+                return self.inner(**inputs)
+
+        found = forward_with_features(Wrapper(config), inputs, {1}, {2})
+        assert (set(found.hidden_states), set(found.attentions)) == ({1}, {2})
 
 
 def test_a_position_bias_is_refused_because_the_map_does_not_follow_from_queries_and_keys():

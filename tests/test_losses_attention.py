@@ -315,6 +315,119 @@ def test_gradients_pass_gradcheck(kind, heads, student_heads, teacher_heads, for
     assert torch.autograd.gradcheck(lambda *pair: call(loss, pair, teacher, form=form), student)
 
 
+def with_bias(seed, heads, size, tokens=4, rows=3):
+    """Queries, keys and a bias of the scores that is the same for all rows, `(A, S, S)`."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    query, key = (tensor.double() for tensor in query_and_key(seed, heads, size, tokens, rows))
+    return query, key, torch.randn(heads, tokens, tokens, generator=generator, dtype=torch.float64) * 2
+
+
+def biased(query, key, bias, mask=None):
+    inputs = attention_inputs(query, key, mask)
+    inputs.bias = bias
+    return inputs
+
+
+BIASED_MASK = torch.cat([MASK, torch.tensor([[0, 1, 1, 1]])])
+
+
+def call_with_bias(loss, student, teacher, form=boolean, mask=BIASED_MASK):
+    s, t = (biased(query, key, bias, form(mask)) for query, key, bias in (student, teacher))
+    return loss(features(attentions={2: s}), features(attentions={4: t}), None, mask)
+
+
+@BY_HEADS
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 3])
+@pytest.mark.parametrize("form", [boolean, additive])
+def test_a_bias_of_the_scores_is_part_of_both_maps_and_learns(
+    monkeypatch, kind, heads, student_heads, teacher_heads, rows_per_chunk, form
+):
+    monkeypatch.setattr(chunking, "ELEMENTS_PER_CHUNK", rows_per_chunk * max(student_heads, teacher_heads) * 4**2)
+    student = tuple(tensor.requires_grad_() for tensor in with_bias(0, student_heads, 3))
+    teacher = tuple(tensor.requires_grad_() for tensor in with_bias(1, teacher_heads, 5))
+    loss = bound(student_heads, teacher_heads, kind=kind, heads=heads)
+    value = call_with_bias(loss, (*student[:2], student[2][None]), (*teacher[:2], teacher[2][None]), form)
+    value.backward()
+    expected = reference_attention_heads(student, teacher, BIASED_MASK, kind, heads)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+    without = reference_attention_heads(student[:2], teacher[:2], BIASED_MASK, kind, heads)
+    assert abs(without - expected) > 0.02 * expected
+    numeric = numeric_gradient(
+        lambda bias: reference_attention_heads((*student[:2], bias), teacher, BIASED_MASK, kind, heads), student[2]
+    )
+    np.testing.assert_allclose(student[2].grad.numpy(), numeric, rtol=1e-6, atol=1e-9)
+    assert all(tensor.grad.any() for tensor in student)
+    assert all(tensor.grad is None for tensor in teacher)
+
+
+@BY_HEADS
+@pytest.mark.parametrize("rows_per_chunk", [1, 2])
+def test_a_bias_may_differ_from_row_to_row(monkeypatch, kind, heads, student_heads, teacher_heads, rows_per_chunk):
+    monkeypatch.setattr(chunking, "ELEMENTS_PER_CHUNK", rows_per_chunk * max(student_heads, teacher_heads) * 4**2)
+    factors = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64).view(3, 1, 1, 1)
+    student, teacher = (
+        (query, key, bias * factors)
+        for query, key, bias in (with_bias(0, student_heads, 3), with_bias(1, teacher_heads, 5))
+    )
+    loss = bound(student_heads, teacher_heads, kind=kind, heads=heads)
+    expected = 0.0
+    for row in range(3):
+        one, other = ((q[row : row + 1], k[row : row + 1], bias[row]) for q, k, bias in (student, teacher))
+        expected += reference_attention_heads(one, other, BIASED_MASK[row : row + 1], kind, heads) / 3
+    assert call_with_bias(loss, student, teacher).item() == pytest.approx(expected, rel=1e-9)
+
+
+@BY_HEADS
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gradients_of_a_bias_pass_gradcheck(kind, heads, student_heads, teacher_heads, rows):
+    """Shared by the rows, or one for each."""
+    student, teacher = with_bias(0, student_heads, 3), with_bias(1, teacher_heads, 5)
+    loss = bound(student_heads, teacher_heads, kind=kind, heads=heads)
+    inputs = (*student[:2], student[2].repeat(rows, 1, 1, 1))
+    inputs = tuple(tensor.requires_grad_() for tensor in inputs)
+    target = (*teacher[:2], teacher[2][None])
+    assert torch.autograd.gradcheck(lambda *tensors: call_with_bias(loss, tensors, target), inputs)
+
+
+@KINDS
+def test_a_bias_in_float32_stays_so_beside_queries_and_keys_of_autocast(kind):
+    student, teacher = (
+        (query.bfloat16(), key.bfloat16(), bias.float())
+        for query, key, bias in (with_bias(0, 2, 3), with_bias(1, 2, 5))
+    )
+    value = call_with_bias(bound(kind=kind), *((query, key, bias[None]) for query, key, bias in (student, teacher)))
+    expected = reference_attention_heads(student, teacher, BIASED_MASK, kind, "each")
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_bias_in_bfloat16_is_finite_and_added_in_float32(kind, scale):
+    student = [(tensor * scale).bfloat16() for tensor in with_bias(0, 2, 3)]
+    teacher = [(tensor * scale).bfloat16() for tensor in with_bias(1, 2, 5)]
+    sides = [(query, key, bias[None].requires_grad_()) for query, key, bias in (student, teacher)]
+    value = call_with_bias(bound(kind=kind), *sides)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+    assert sides[0][2].grad.isfinite().all()
+    assert sides[0][2].grad.dtype == torch.bfloat16
+    if scale == 1:
+        expected = reference_attention_heads(student, teacher, BIASED_MASK, kind, "each")
+        assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_model_may_have_a_bias_and_the_other_none():
+    student, teacher = with_bias(0, 2, 3), with_bias(1, 2, 5)
+    nothing = torch.zeros(2, 4, 4)
+    for one, other in (((*student[:2], None), teacher), (student, (*teacher[:2], None))):
+        sides = [(q, k, None if bias is None else bias[None]) for q, k, bias in (one, other)]
+        expected = reference_attention_heads(
+            *((q, k, nothing if bias is None else bias) for q, k, bias in (one, other)), BIASED_MASK, "kl", "each"
+        )
+        assert call_with_bias(bound(), *sides).item() == pytest.approx(expected, rel=1e-9)
+
+
 def test_one_chunk_is_the_size_of_the_larger_of_the_two_models_maps(monkeypatch):
     largest = largest_tensor(monkeypatch, rows=4, student_heads=1, teacher_heads=6, tokens=32, elements=6 * 32**2)
     assert largest == 6 * 32**2
@@ -459,6 +572,18 @@ def test_padding_on_the_left_of_a_causal_teacher_does_not_poison_the_row(kind):
 def test_refuses_heads_that_cannot_be_compared(settings, heads, message):
     with pytest.raises(ValueError, match=message):
         bound(*heads, **settings)
+
+
+def test_a_loss_bound_again_to_another_pair_starts_from_what_the_user_gave():
+    loss = bound(2, 2)
+    loss.bind(shape(2, 2), shape(3, 4))
+    assert loss.heads == "auto"
+    assert loss.describe() == "kl, 2→4, mean of heads"
+    loss.bind(shape(3, 2), shape(3, 4))
+    assert loss.describe() == "kl, 2→4"
+    student, teacher = query_and_key(0, 3, 3), query_and_key(1, 3, 5)
+    expected = reference_attention_heads(student, teacher, MASK, "kl", "each")
+    assert call(loss, student, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_describes_its_layers_and_whether_heads_are_averaged():

@@ -25,20 +25,45 @@ def chunks_of(monkeypatch, rows):
     monkeypatch.setattr(chunking, "ELEMENTS_PER_CHUNK", rows * SIZE)
 
 
-def upstream():
-    return torch.linspace(-2, 3, ROWS, dtype=torch.float64)
+def tanh_of_bias(rows, x, y, bias):
+    """`bias` is `(1, 3, 4)` for all rows, or as large as `x`."""
+    return loss(rows, (x + bias).tanh(), y)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, ROWS, 100])
 def test_values_and_gradients_are_those_of_all_rows_at_once(monkeypatch, rows):
     chunks_of(monkeypatch, rows)
     x, y = inputs()
-    expected = loss(slice(None), x, y)
-    expected_gradients = torch.autograd.grad(expected, (x, y), upstream())
-    values = rowwise(loss, SIZE, x, y)
-    torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
-    gradients = torch.autograd.grad(values, (x, y), upstream())
+    expected = loss(slice(None), x, y).mean()
+    expected_gradients = torch.autograd.grad(-3 * expected, (x, y))
+    value = rowwise(loss, SIZE, x, y)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(-3 * value, (x, y))
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 2, ROWS])
+@pytest.mark.parametrize("batch", [1, ROWS])
+def test_a_tensor_shared_by_the_rows_gets_the_sum_of_their_gradients(monkeypatch, rows, batch):
+    chunks_of(monkeypatch, rows)
+    x, y = inputs(rows=batch)
+    bias = torch.linspace(-1, 1, SIZE, dtype=torch.float64).view(1, 3, 4).requires_grad_()
+    shapes = []
+
+    def watched(part, x, y, bias):
+        shapes.append(bias.shape)
+        return tanh_of_bias(part, x, y, bias)
+
+    value = rowwise(watched, SIZE, x, y, bias)
+    assert set(shapes) == {(1, 3, 4)}
+    found = torch.autograd.grad(-3 * value, (x, y, bias))
+    # As large as the batch, it is cut into rows as the others are.
+    repeated = rowwise(tanh_of_bias, SIZE, x, y, bias.expand(batch, -1, -1))
+    for other in (tanh_of_bias(slice(None), x, y, bias).mean(), repeated):
+        torch.testing.assert_close(value, other, rtol=1e-12, atol=1e-12)
+        expected = torch.autograd.grad(-3 * other, (x, y, bias))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *tensors: rowwise(tanh_of_bias, SIZE, *tensors), (x, y, bias))
 
 
 @pytest.mark.parametrize("rows", [1, 2, ROWS])
@@ -57,7 +82,7 @@ def test_each_row_is_computed_once_for_forward_and_backward_together(monkeypatch
         assert len(x) == len(y) == len(seen[-1])
         return loss(part, x, y)
 
-    rowwise(counted, SIZE, *inputs()).sum().backward()
+    rowwise(counted, SIZE, *inputs()).backward()
     assert len(seen) == calls
     assert [row for part in seen for row in part] == list(range(ROWS))
 
@@ -89,7 +114,7 @@ def test_only_the_tensors_that_need_a_gradient_get_one(monkeypatch, wanted):
         needs.append([tensor.requires_grad for tensor in parts])
         return loss(part, *parts)
 
-    rowwise(watched, SIZE, *tensors).sum().backward()
+    rowwise(watched, SIZE, *tensors).backward()
     assert needs == [[wanted == 0, wanted == 1]] * 4
     assert tensors[wanted].grad.any()
     assert tensors[1 - wanted].grad is None
@@ -99,7 +124,7 @@ def test_only_the_tensors_that_need_a_gradient_get_one(monkeypatch, wanted):
 def test_without_gradient_no_graph_is_built(monkeypatch, how):
     chunks_of(monkeypatch, 2)
     x, y = inputs()
-    expected = loss(slice(None), x, y).detach()
+    expected = loss(slice(None), x, y).detach().mean()
     tensors = (x.detach(), y.detach()) if how == "no tensor needs it" else (x, y)
     graphs = []
 
@@ -109,31 +134,31 @@ def test_without_gradient_no_graph_is_built(monkeypatch, how):
         return value
 
     with torch.set_grad_enabled(how != "no_grad"):
-        values = rowwise(watched, SIZE, *tensors)
+        value = rowwise(watched, SIZE, *tensors)
     assert graphs == [False] * 4
-    assert not values.requires_grad
-    torch.testing.assert_close(values, expected)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, expected)
 
 
 def test_what_the_loss_reads_besides_gets_no_gradient():
     x, y = inputs()
-    rowwise(lambda rows, part: loss(rows, part, y[rows]), SIZE, x).sum().backward()
+    rowwise(lambda rows, part: loss(rows, part, y[rows]), SIZE, x).backward()
     assert x.grad.any()
     assert y.grad is None
 
 
 def test_backward_twice_on_a_retained_graph_adds_the_same_gradient():
     x, y = inputs()
-    values = rowwise(loss, SIZE, x, y)
-    (values * upstream()).sum().backward(retain_graph=True)
+    value = rowwise(loss, SIZE, x, y)
+    (-3 * value).backward(retain_graph=True)
     once = x.grad.clone()
-    (values * upstream()).sum().backward()
+    (-3 * value).backward()
     torch.testing.assert_close(x.grad, 2 * once, rtol=0, atol=0)
 
 
 def test_a_second_derivative_is_refused():
     x, y = inputs()
-    (gradient,) = torch.autograd.grad(rowwise(loss, SIZE, x, y).square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(rowwise(loss, SIZE, x, y).square(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -141,13 +166,13 @@ def test_a_second_derivative_is_refused():
 def test_bfloat16_is_computed_in_float32_and_its_gradients_are_bfloat16():
     x, y = inputs(torch.bfloat16)
     dtypes = []
-    values = rowwise(lambda rows, *parts: dtypes.append(parts[0].dtype) or loss(rows, *parts), SIZE, x, y)
-    values.sum().backward()
+    value = rowwise(lambda rows, *parts: dtypes.append(parts[0].dtype) or loss(rows, *parts), SIZE, x, y)
+    value.backward()
     assert set(dtypes) == {torch.float32}
-    assert values.dtype == torch.float32
+    assert value.dtype == torch.float32
     assert x.grad.dtype == y.grad.dtype == torch.bfloat16
     exact = [tensor.detach().float().requires_grad_() for tensor in (x, y)]
-    loss(slice(None), *exact).sum().backward()
+    loss(slice(None), *exact).mean().backward()
     for tensor, expected in zip((x, y), exact, strict=True):
         torch.testing.assert_close(tensor.grad, expected.grad.bfloat16(), rtol=0, atol=0)
 
@@ -156,9 +181,9 @@ def test_gradients_too_small_for_float16_survive_until_the_loss_scale_comes():
     """A GradScaler multiplies the loss, so that its factor comes with backward only."""
     x, y = inputs(torch.float16)
     scale = 2.0**30
-    (rowwise(lambda rows, *parts: loss(rows, *parts) / scale, SIZE, x, y) * scale).sum().backward()
+    (rowwise(lambda rows, *parts: loss(rows, *parts) / scale, SIZE, x, y) * scale).backward()
     plain, _ = inputs(torch.float16)
-    loss(slice(None), plain.float(), y.detach().float()).sum().backward()
+    loss(slice(None), plain.float(), y.detach().float()).mean().backward()
     torch.testing.assert_close(x.grad, plain.grad, rtol=1e-3, atol=1e-4)
 
 
@@ -167,6 +192,6 @@ def test_views_and_expanded_tensors_get_their_gradients(monkeypatch):
     chunks_of(monkeypatch, 2)
     x, y = inputs()
     strided, shared = x.transpose(1, 2).contiguous().transpose(1, 2), y[:1].expand(ROWS, -1)
-    expected = torch.autograd.grad(loss(slice(None), strided, shared), (x, y), upstream())
-    found = torch.autograd.grad(rowwise(loss, SIZE, strided, shared), (x, y), upstream())
+    expected = torch.autograd.grad(loss(slice(None), strided, shared).mean(), (x, y))
+    found = torch.autograd.grad(rowwise(loss, SIZE, strided, shared), (x, y))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

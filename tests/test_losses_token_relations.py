@@ -277,7 +277,16 @@ def test_the_mean_is_over_layer_pairs():
     [((2, 6), (3, 4), 3), ((3, 4), (2, 6), 3), ((2, 3), (4, 5), 2), ((5, 4), (2, 3), 2)],
 )
 def test_relation_heads_are_the_larger_head_count_that_divides_both_widths(student_heads, teacher_heads, expected):
-    assert bound(student_heads, teacher_heads).relation_heads == expected
+    assert bound(student_heads, teacher_heads).describe() == f"qq+kk+vv, {expected} relation heads, 2→4"
+
+
+def test_a_loss_bound_again_to_another_pair_starts_from_what_the_user_gave():
+    """3, which the first pair needs, is no setting: it divides neither width of the second."""
+    loss = bound((3, 4), (2, 6))
+    loss.bind(shape((2, 8)), shape((4, 5), 4))
+    assert loss.relation_heads is None
+    assert loss.describe() == "qq+kk+vv, 4 relation heads, 2→4"
+    assert call(loss, vectors(0, (2, 8)), vectors(1, (4, 5))).isfinite()
 
 
 @pytest.mark.parametrize(
@@ -315,7 +324,7 @@ def test_models_whose_config_does_not_tell_their_size_need_relation_heads(missin
             TokenRelationLoss().bind(*pair)
     loss = TokenRelationLoss(relation_heads=2)
     loss.bind(unknown, shape((2, 3), 4))
-    assert loss.relation_heads == 2
+    assert loss.describe() == "qq+kk+vv, 2 relation heads, 2→4"
 
 
 def test_refuses_models_without_layers_and_sequences_of_different_lengths():

@@ -23,8 +23,9 @@ class AttentionLoss(DistillationLoss):
     With `a = softmax(Q Kᵀ / √d)`, before dropout and with padded keys masked: kl is `Σ_k a_t log(a_t / a_s)`, mse is
     `mean_k (a_s - a_t)²` over the real keys. Each is a mean over heads, over the real query tokens of a row, over
     rows and over layer pairs.
-    Sources: MiniLM (arXiv:2002.10957) for kl, TinyBERT (arXiv:1909.10351) for mse; maps averaged or summed over heads
-    first as in TextBrewer (arXiv:2002.12620).
+    Where a model adds a bias of relative positions to `Q Kᵀ / √d` (MPNet), it is part of the map and learns as well.
+    Sources: MiniLM (arXiv:2002.10957) for kl; mse after TinyBERT (arXiv:1909.10351), which fits the scores before the
+    softmax, where this fits the maps; maps averaged or summed over heads first as in TextBrewer (arXiv:2002.12620).
     Where the student may look at fewer tokens than the teacher (a sliding window), the teacher's map is cut to those
     and sums to 1 over them.
 
@@ -52,7 +53,7 @@ class AttentionLoss(DistillationLoss):
         check_layers(layers)
         self.layers = layers
         self.kind = check_choice("kind", kind, KINDS)
-        self.heads = check_choice("heads", heads, HEADS)
+        self.heads = self._heads = check_choice("heads", heads, HEADS)
         if kind == "kl" and heads == "sum":
             raise ValueError('heads "sum" is for kind "mse": sums of maps are no distributions; use "mean"')
 
@@ -61,7 +62,7 @@ class AttentionLoss(DistillationLoss):
         self.attention_pairs = map_layers(self.layers, *self._needs_layers(student, teacher))
         counts = student.num_attention_heads, teacher.num_attention_heads
         if self.heads == "auto":
-            self.heads = "each" if counts[0] == counts[1] else "mean"
+            self._heads = "each" if counts[0] == counts[1] else "mean"
         elif self.heads in ("each", "sum") and counts[0] != counts[1]:
             raise ValueError(
                 f'heads "{self.heads}" needs equal head counts; the student has {counts[0]}, the teacher '
@@ -73,13 +74,13 @@ class AttentionLoss(DistillationLoss):
         for student_layer, teacher_layer in self.attention_pairs:
             a, b = student.attentions[student_layer], teacher.attentions[teacher_layer]
             check_same_tokens(self, a.query.shape, b.query.shape, dim=2)
-            total = total + self._layer_loss(a, b, attention_mask).mean()
+            total = total + self._layer_loss(a, b, attention_mask)
         return total / len(self.attention_pairs)
 
     def _layer_loss(self, a: AttentionInputs, b: AttentionInputs, mask: torch.Tensor | None) -> torch.Tensor:
-        def loss(rows: slice, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        def loss(rows: slice, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             seen = rows_of(a.mask, rows)
-            log_a = self._over_heads(log_map(query, key, a.scaling, seen))  # (rows, A, S, S)
+            log_a = self._over_heads(log_map(query, key, a.scaling, seen, bias))  # (rows, A, S, S)
             with torch.no_grad():
                 log_b = self._over_heads(log_attention_map(b, rows, seen))
             tokens = None if mask is None else mask[rows]
@@ -92,14 +93,15 @@ class AttentionLoss(DistillationLoss):
             return mean_over_tokens(distance.mean(dim=1), tokens)
 
         _, heads, tokens, _ = a.query.shape
-        return rowwise(loss, max(heads, b.query.shape[1]) * tokens**2, a.query, a.key)
+        learned = (a.query, a.key) if a.bias is None else (a.query, a.key, a.bias)
+        return rowwise(loss, max(heads, b.query.shape[1]) * tokens**2, *learned)
 
     def _over_heads(self, logs: torch.Tensor) -> torch.Tensor:
-        if self.heads not in ("mean", "sum"):
+        if self._heads not in ("mean", "sum"):
             return logs
-        count = logs.shape[1] if self.heads == "mean" else 1
+        count = logs.shape[1] if self._heads == "mean" else 1
         return logs.logsumexp(dim=1, keepdim=True) - math.log(count)
 
     def describe(self) -> str:
-        heads = f", {self.heads} of heads" if self.heads in ("mean", "sum") else ""
+        heads = f", {self._heads} of heads" if self._heads in ("mean", "sum") else ""
         return f"{self.kind}, {format_pairs(self.attention_pairs)}{heads}"

@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from distill_nlp.losses.base import upcast
+from distill_nlp.losses.maps import rows_of
 
 ELEMENTS_PER_CHUNK = 1 << 19
 """Numbers in one map of a chunk on a CPU (2 MB in float32): few enough for the cache of a core."""
@@ -22,17 +23,18 @@ ELEMENTS_PER_CHUNK_ON_ACCELERATORS = 1 << 23
 """On other devices (32 MB in float32): enough that a kernel takes longer than its launch."""
 
 RowLoss = Callable[..., torch.Tensor]
-"""`(rows: slice, *tensors[rows]) -> (rows,)`: the loss of each of these rows of the batch."""
+"""`(rows: slice, *parts) -> (rows,)`: the loss of each of these rows of the batch, from their part of each tensor."""
 
 
 @torch.compiler.disable
 def rowwise(loss: RowLoss, elements_per_row: int, *tensors: torch.Tensor) -> torch.Tensor:
-    """Computes `loss(rows, *(tensor[rows] for tensor in tensors))` for all rows, a chunk at a time: `(B,)`.
+    """Gives the mean of `loss(rows, *(tensor[rows] for tensor in tensors))` over all rows, computed a chunk at a time.
 
     Args:
         loss: what it reads besides `tensors` gets no gradient; it must compute each row from that row alone.
         elements_per_row: size of the largest intermediate of one row, which decides how many rows go together.
-        *tensors: `(B, ...)`; those that require gradient get it. `loss` gets them in at least float32.
+        *tensors: the first `(B, ...)`, the others too or `(1, ...)`, which is shared by all rows; those that require
+            gradient get it. `loss` gets them in at least float32.
     """
     elements = ELEMENTS_PER_CHUNK if tensors[0].device.type == "cpu" else ELEMENTS_PER_CHUNK_ON_ACCELERATORS
     if not torch.is_grad_enabled():
@@ -45,32 +47,35 @@ class _Rowwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss: RowLoss, chunk: int, *tensors: torch.Tensor) -> torch.Tensor:
         wanted = ctx.needs_input_grad[2:]
+        count = len(tensors[0])
         # Not in float16, where gradients that backward has not multiplied with the loss scale yet would vanish.
         gradients = [
-            torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if want else None
+            torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if want else None
             for tensor, want in zip(tensors, wanted, strict=True)
         ]
         values = []
-        for start in range(0, len(tensors[0]), chunk):
+        for start in range(0, count, chunk):
             rows = slice(start, start + chunk)
             with torch.set_grad_enabled(any(wanted)):
-                parts = [upcast(t[rows].detach()).requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
-                value = loss(rows, *parts)
+                parts = [
+                    upcast(rows_of(tensor, rows).detach()).requires_grad_(want)
+                    for tensor, want in zip(tensors, wanted, strict=True)
+                ]
+                value = loss(rows, *parts).sum() / count
                 leaves = [part for part in parts if part.requires_grad]
-                found = iter(torch.autograd.grad(value.sum(), leaves) if leaves else ())
+                found = iter(torch.autograd.grad(value, leaves) if leaves else ())
             values.append(value.detach())
             for gradient in gradients:
                 if gradient is not None:
-                    gradient[rows] = next(found)
+                    rows_of(gradient, rows).add_(next(found))
         ctx.save_for_backward(*gradients)
-        return torch.cat(values)
+        return torch.stack(values).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: torch.Tensor):
-        """Row b of the output depends on row b of the inputs only, so that its factor scales that row's gradient.
+        """The factor of a mean is the same for all rows, so that a shared tensor needs the sum of their gradients only.
 
         Autograd brings the products into the dtype of the inputs.
         """
-        scaled = [None if g is None else g * upstream.view(-1, *[1] * (g.dim() - 1)) for g in ctx.saved_tensors]
-        return None, None, *scaled
+        return None, None, *(None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors)

@@ -58,7 +58,7 @@ class NSTLoss(DistillationLoss):
                 goal = _selectivity(target[rows], mask)
                 return (_selectivity(x, mask) - goal).square().sum(dim=(1, 2))
 
-            total = total + rowwise(loss, x.shape[1] ** 2, x).mean()
+            total = total + rowwise(loss, x.shape[1] ** 2, x)
         return total / len(self.hidden_state_pairs)
 
 

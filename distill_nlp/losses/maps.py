@@ -12,15 +12,24 @@ _MASKED = -1e30
 neither model sees gives 0 · (masked - masked) = 0 in a KL, and never NaN."""
 
 
-def log_map(left: torch.Tensor, right: torch.Tensor, scaling: float, mask: torch.Tensor | None) -> torch.Tensor:
-    """`log softmax(left rightᵀ · scaling)` over the tokens that may be seen, in at least float32: `(B, A, S, S)`.
+def log_map(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`log softmax(left rightᵀ · scaling + bias)` over the tokens that may be seen: `(B, A, S, S)`, at least float32.
 
     Args:
         left, right: `(B, A, S, D)`.
         scaling: factor on the scores.
         mask: broadcastable to `(B, A, S, S)`, boolean (True = may be seen) or additive, or None.
+        bias: broadcastable likewise, or None.
     """
     scores = (upcast(left) * scaling) @ upcast(right).transpose(-1, -2)
+    if bias is not None:
+        scores = scores + upcast(bias)
     if mask is not None:
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, _MASKED)
@@ -38,7 +47,7 @@ def log_attention_map(
         mask: of these rows; what it hides is hidden besides what the model's own mask hides.
     """
     mask = both(rows_of(inputs.mask, rows), mask)
-    return log_map(inputs.query[rows], inputs.key[rows], inputs.scaling, mask)
+    return log_map(inputs.query[rows], inputs.key[rows], inputs.scaling, mask, rows_of(inputs.bias, rows))
 
 
 def both(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
@@ -50,6 +59,6 @@ def both(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor |
     return sum(torch.where(m, 0.0, _MASKED) if m.dtype == torch.bool else upcast(m) for m in (one, other))
 
 
-def rows_of(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    """These rows of a mask, which may be one for the whole batch."""
-    return mask if mask is None or len(mask) == 1 else mask[rows]
+def rows_of(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """These rows of a mask or a bias, which may be one for the whole batch."""
+    return tensor if tensor is None or len(tensor) == 1 else tensor[rows]

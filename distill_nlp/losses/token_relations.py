@@ -62,7 +62,7 @@ class TokenRelationLoss(DistillationLoss):
             isinstance(relation_heads, bool) or not isinstance(relation_heads, int) or relation_heads < 1
         ):
             raise ValueError(f"relation_heads must be a whole number > 0, got {relation_heads!r}")
-        self.relation_heads = relation_heads
+        self.relation_heads = self._relation_heads = relation_heads
 
     def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
         super().bind(student, teacher)
@@ -82,7 +82,7 @@ class TokenRelationLoss(DistillationLoss):
                     f"neither head count ({' and '.join(map(str, counts))}) divides both widths ({widths[0]} and "
                     f"{widths[1]}); set relation_heads to a number that does"
                 )
-            self.relation_heads = fitting[0]
+            self._relation_heads = fitting[0]
 
     def forward(self, student: Features, teacher: Features, labels, attention_mask):
         total = 0.0
@@ -90,7 +90,7 @@ class TokenRelationLoss(DistillationLoss):
             a, b = student.attentions[student_layer], teacher.attentions[teacher_layer]
             check_same_tokens(self, a.query.shape, b.query.shape, dim=2)
             for relation in self.relations:
-                total = total + self._relation_loss(a, b, relation, attention_mask).mean()
+                total = total + self._relation_loss(a, b, relation, attention_mask)
         return total / len(self.attention_pairs)
 
     def _relation_loss(
@@ -107,18 +107,20 @@ class TokenRelationLoss(DistillationLoss):
                 log_b = log_map(y, y, y.shape[-1] ** -0.5, seen)
             return mean_over_tokens(kl(log_b, log_a).mean(dim=1), tokens)
 
-        return rowwise(loss, self.relation_heads * vectors.shape[2] ** 2, vectors)
+        return rowwise(loss, self._relation_heads * vectors.shape[2] ** 2, vectors)
 
     def _cut(self, heads: torch.Tensor) -> torch.Tensor:
         """`(B, A, S, D)` -> `(B, R, S, A · D / R)`: neighbouring parts of the concatenated heads."""
         batch, count, tokens, size = heads.shape
-        if count * size % self.relation_heads:
+        if count * size % self._relation_heads:
             raise ValueError(
-                f"relation_heads {self.relation_heads} does not divide {count * size}, the width of the queries, keys "
+                f"relation_heads {self._relation_heads} does not divide {count * size}, the width of the queries, keys "
                 "or values"
             )
-        joined = heads.transpose(1, 2).reshape(batch, tokens, self.relation_heads, -1)
+        joined = heads.transpose(1, 2).reshape(batch, tokens, self._relation_heads, -1)
         return joined.transpose(1, 2)
 
     def describe(self) -> str:
-        return f"{'+'.join(self.relations)}, {self.relation_heads} relation heads, {format_pairs(self.attention_pairs)}"
+        return (
+            f"{'+'.join(self.relations)}, {self._relation_heads} relation heads, {format_pairs(self.attention_pairs)}"
+        )
