@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from scipy.linalg import orthogonal_procrustes
 
 from distill_nlp.losses import HiddenStateLoss
-from distill_nlp.losses.projections import LeastSquares, Projections
+from distill_nlp.losses.projections import LeastSquares, Projections, _set_orthogonal
 
 WIDTHS = pytest.mark.parametrize(("student_width", "teacher_width"), [(4, 6), (6, 4), (5, 5)])
 LEARNED = ["linear", "shared", "low_rank", "orthogonal"]
@@ -479,3 +479,36 @@ def test_refuses_to_fit_to_nothing_and_to_what_is_not_finite():
     fit.add(0, tokens(0, 4), tokens(1, 6) / 0.0)
     with pytest.raises(ValueError, match="least squares got hidden states that are not finite"):
         fit.solve()
+
+
+@pytest.mark.parametrize(("student_width", "teacher_width"), [(24, 32), (32, 24), (16, 16)])
+def test_rounding_does_not_change_where_an_orthogonal_projection_starts(student_width, teacher_width):
+    """Its square base has columns that the fit leaves open; with them training would go another way."""
+    generator = torch.Generator().manual_seed(0)
+    bases = []
+    for noise in (0.0, 1e-7):
+        weight, _ = torch.linalg.qr(torch.randn(32, 32, generator=generator.manual_seed(1)))
+        weight = weight[:teacher_width, :student_width]
+        u, _, v = torch.linalg.svd(weight + noise * torch.randn(weight.shape, generator=generator), full_matrices=False)
+        (projection,) = Projections("orthogonal", 1, student_width, teacher_width)
+        _set_orthogonal(projection, u @ v)
+        base = projection.parametrizations.weight[0].base
+        torch.testing.assert_close(base.T @ base, torch.eye(len(base)), rtol=0, atol=1e-5)
+        bases.append(base)
+    torch.testing.assert_close(*bases, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "orthogonal", "low_rank"])
+def test_rounding_does_not_change_the_fit_where_states_lie_in_a_plane(kind):
+    """After a layer norm they add up to a constant: in that direction there is rounding only."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.nn.functional.layer_norm(torch.randn(200, 24, generator=generator), (24,))
+    teacher = torch.randn(200, 32, generator=generator)
+    weights = []
+    for noise in (0.0, 1e-7):
+        projections = Projections(kind, 1, 24, 32, rank=8)
+        fit = LeastSquares(projections)
+        fit.add(0, student + noise * torch.randn(student.shape, generator=generator), teacher)
+        fit.solve()
+        weights.append(projections.project(0, torch.eye(24)).detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-3)

@@ -95,9 +95,9 @@ def test_the_catalogue_is_trained_as_a_whole(whole):
 def test_accumulation_changes_no_loss_of_the_catalogue(make_trainer, whole, size):
     """1x8 = 2x4 = 4x2 = 8x1, with ragged last steps and rows without a label unevenly spread."""
     cut = train_catalogue(make_trainer, "cut", per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
-    assert largest_difference(parameters_of(cut.model), parameters_of(whole.model)) < 2e-6
+    assert largest_difference(parameters_of(cut.model), parameters_of(whole.model)) < 1e-5
     for entry, expected in zip(step_logs(cut), step_logs(whole), strict=True):
-        assert terms_of(entry) == pytest.approx(terms_of(expected), rel=2e-5)
+        assert terms_of(entry) == pytest.approx(terms_of(expected), rel=1e-4)
 
 
 def test_gradient_checkpointing_changes_no_loss_of_the_catalogue(make_trainer, whole):

@@ -77,11 +77,21 @@ def _set_orthogonal(projection: nn.Module, weight: torch.Tensor) -> None:
     """Starts an orthogonal projection at this weight."""
     # Contiguous, both here and below: safetensors refuses anything else.
     projection.weight = weight.contiguous()
-    # PyTorch fills the weight up to a square matrix with random columns, in which ranks would differ.
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
-    square, _ = torch.linalg.qr(tall, mode="complete")
-    square[:, : tall.shape[1]] = tall
-    projection.parametrizations.weight[0].base = square.contiguous()
+    projection.parametrizations.weight[0].base = torch.cat([tall, _complement(tall)], dim=1).contiguous()
+
+
+def _complement(tall: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns that fill up others to a square matrix: (n, k) -> (n, n - k).
+
+    PyTorch takes random ones, and those of a QR decomposition change their signs by rounding: training would differ
+    between ranks or machines. These follow the given columns smoothly.
+    """
+    rows, columns = tall.shape
+    given = tall.detach().double().cpu()
+    filling = torch.randn(rows, rows - columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rest, triangle = torch.linalg.qr(filling - given @ (given.T @ filling))
+    return (rest * triangle.diagonal().sign()).to(tall)
 
 
 class LeastSquares:
@@ -129,8 +139,7 @@ class LeastSquares:
                     "least squares got hidden states that are not finite; float16 overflows, bfloat16 does not"
                 )
             if self.projections.kind == "orthogonal":
-                u, _, v = torch.linalg.svd(products[:-1].T, full_matrices=False)
-                _set_orthogonal(projection, (u @ v).to(projection.weight))
+                _set_orthogonal(projection, _procrustes(products[:-1].T).to(projection.weight))
                 continue
             mean, target_mean = squares[:-1, -1] / tokens, products[-1] / tokens
             covariance = squares[:-1, :-1] / tokens - torch.outer(mean, mean)
@@ -149,13 +158,29 @@ class LeastSquares:
             last.bias.copy_(target_mean - weight @ mean)
 
 
+def _procrustes(cross: torch.Tensor) -> torch.Tensor:
+    """The orthogonal map closest to this one: (H_teacher, H_student) -> the same."""
+    u, sizes, v = torch.linalg.svd(cross)
+    kept = int((sizes > 1e-6 * sizes[0]).sum())
+    weight = u[:, :kept] @ v[:kept]
+    if kept < len(sizes):
+        # Directions that the student's states lack, as after a layer norm, where they add up to a constant: any map is
+        # as good there, and rounding would choose. This one is closest to the identity.
+        left, right = u[:, kept:], v[kept:]
+        a, _, b = torch.linalg.svd(left.T @ torch.eye(*cross.shape).to(cross) @ right.T, full_matrices=False)
+        weight = weight + left @ a @ b @ right
+    return weight
+
+
 def _regression(covariance: torch.Tensor, products: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """Least squares for centered numbers: (H_student, H_student), (H_student, H_teacher) -> (H_teacher, H_student)."""
     variance = covariance.diagonal()
     # Each coordinate in units of its own spread, as some are a hundred times larger than others. One that is constant
     # up to rounding explains nothing.
     spread = torch.where(variance > 1e-12 * (variance + mean.square()), variance, torch.inf).sqrt()
-    # A trace of ridge: fewer tokens than widths, or states that lie in a plane, leave the matrix singular.
-    ridge = 1e-8 * torch.eye(len(covariance), dtype=covariance.dtype)
-    solution = torch.linalg.solve(covariance / torch.outer(spread, spread) + ridge, products / spread[:, None])
+    values, directions = torch.linalg.eigh(covariance / torch.outer(spread, spread))
+    # Fewer tokens than widths, or states that lie in a plane (after a layer norm they add up to a constant), leave
+    # directions in which there is rounding only: they get no weight, or it would be another on each machine.
+    directions, values = directions[:, values > 1e-9 * values[-1]], values[values > 1e-9 * values[-1]]
+    solution = directions @ (directions.T @ (products / spread[:, None]) / values[:, None])
     return (solution / spread[:, None]).T
