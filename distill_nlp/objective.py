@@ -61,7 +61,6 @@ class DistillationObjective(nn.Module):
         self.losses = nn.ModuleDict({name: losses[name] for name in self.schedules})
         # A single term has nothing to be balanced against.
         self.balance = GradientBalance(list(self.schedules)) if balance and len(self.schedules) > 1 else None
-        self._factors: dict[str, float | torch.Tensor] = {}
         self.set_progress(0.0)
 
     @property
@@ -96,10 +95,6 @@ class DistillationObjective(nn.Module):
     def set_progress(self, progress: float) -> None:
         """Brings weights and temperatures to where training is, from 0 to 1. Called before each step."""
         self.weights = {name: schedule(progress) for name, schedule in self.schedules.items()}
-        for name, schedule in self.schedules.items():
-            # A weight that changes is a tensor: a number would be compiled in, and compiled anew at each step.
-            weight = self.weights[name]
-            self._factors[name] = weight if schedule.constant else torch.tensor(weight)
         for loss in self.losses.values():
             loss.set_progress(progress)
 
@@ -141,7 +136,7 @@ class DistillationObjective(nn.Module):
                 value = loss(student, teacher, labels, attention_mask)
                 if shares is not None:
                     value = value * shares[loss.unit]
-                factor = self._factors[name]
+                factor = self.weights[name]
                 if self.balance is not None:
                     factor = factor * self.balance.factor(name)
                 total = total + factor * value
