@@ -97,7 +97,7 @@ def build_steps(teacher_config, student_config, batch, options) -> dict[str, Ste
     def objective_step(losses) -> Step:
         objective = DistillationObjective({"kl": KLDivergenceLoss(), **losses})
         model = DistillationModel(student, objective, teacher.config).train()
-        answers = Teacher(teacher, student.config, objective)
+        answers = Teacher(teacher).bind(student.config, objective)
 
         def step() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):

@@ -14,6 +14,9 @@ _EXPORTS = {
     "DistillationTrainer": "distill_nlp.trainer",
     "Features": "distill_nlp.outputs",
     "CachedTeacher": "distill_nlp.teacher",
+    "Teacher": "distill_nlp.teacher",
+    "TeacherEnsemble": "distill_nlp.ensemble",
+    "DistillationCollator": "distill_nlp.collation",
     "AttentionLoss": "distill_nlp.losses",
     "CrossEntropyLoss": "distill_nlp.losses",
     "DISTLoss": "distill_nlp.losses",
@@ -32,8 +35,11 @@ _EXPORTS = {
     "SimilarityPreservingLoss": "distill_nlp.losses",
     "SoftCrossEntropyLoss": "distill_nlp.losses",
     "TokenRelationLoss": "distill_nlp.losses",
+    "add_pseudo_labels": "distill_nlp.pool",
     "build_student": "distill_nlp.student",
     "cache_teacher_logits": "distill_nlp.cache_filling",
+    "drop_unconfident": "distill_nlp.pool",
+    "tokenize": "distill_nlp.tokenization",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -41,6 +47,8 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from distill_nlp.arguments import DistillationArguments
     from distill_nlp.cache_filling import cache_teacher_logits
+    from distill_nlp.collation import DistillationCollator
+    from distill_nlp.ensemble import TeacherEnsemble
     from distill_nlp.losses import (
         AttentionLoss,
         CrossEntropyLoss,
@@ -64,8 +72,10 @@ if TYPE_CHECKING:
     from distill_nlp.modeling import DistillationModel
     from distill_nlp.objective import DistillationObjective
     from distill_nlp.outputs import Features
+    from distill_nlp.pool import add_pseudo_labels, drop_unconfident
     from distill_nlp.student import build_student
-    from distill_nlp.teacher import CachedTeacher
+    from distill_nlp.teacher import CachedTeacher, Teacher
+    from distill_nlp.tokenization import tokenize
     from distill_nlp.trainer import DistillationTrainer
 
 

@@ -28,6 +28,9 @@ class DistillationArguments(TrainingArguments):
         term_gradient_norm_steps: measure the gradient norm of each term on the student every so many steps, on the
             first micro-batch of the step, and log it as `gradient_norm_<name>`; 0: never (with balancing: every 20
             steps). Each measurement is a backward pass per term.
+        unlabeled_ratio: part of each batch that is rows without a label (-100), in (0, 1); None mixes the rows as they
+            come. The rows of an epoch are as many as those of the data: the kind that runs out begins again, in a new
+            order.
 
     Raises:
         ValueError: an argument out of its range, or anything that `TrainingArguments` refuses.
@@ -47,6 +50,10 @@ class DistillationArguments(TrainingArguments):
     )
     term_gradient_norm_steps: int = field(
         default=0, metadata={"help": "Steps between measurements of each term's gradient norm; 0: never."}
+    )
+    unlabeled_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Part of each batch that is rows without a label; else as they come."},
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and infinite losses from the log. Off here: they should be seen."}
@@ -71,6 +78,11 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"loss_balancing must be none or gradient_norm, got {self.loss_balancing!r}")
         if self.term_gradient_norm_steps < 0:
             raise ValueError(f"term_gradient_norm_steps must be >= 0, got {self.term_gradient_norm_steps}")
+        if self.unlabeled_ratio is not None and not 0 < self.unlabeled_ratio < 1:
+            raise ValueError(
+                f"unlabeled_ratio must lie between 0 and 1, got {self.unlabeled_ratio}; leave it out to mix the rows "
+                "as they come"
+            )
 
 
 def setting_of(args: TrainingArguments, name: str) -> Any:

@@ -43,11 +43,15 @@ class DataSection(Section):
     label_names: list[str] | None = Field(None, min_length=2, description="names of the classes, by index")
     tokenizer: str | None = Field(
         None,
-        description=f"Hub id or folder; the teacher's where not given; `{TRAIN_TOKENIZER}` trains a WordPiece "
-        "vocabulary on the texts",
+        description="the student's: Hub id or folder; where not given, that of student.model, else the teacher's; "
+        f"`{TRAIN_TOKENIZER}` trains a WordPiece vocabulary on the texts",
     )
     vocab_size: int = Field(2000, ge=100, le=200_000, description=f"size of a `{TRAIN_TOKENIZER}` vocabulary")
     max_length: int = Field(256, ge=8, le=100_000, description="longest input in tokens; the rest is cut off")
+    unlabeled_min_confidence: float | None = Field(
+        None, gt=0, le=1, description="drop unlabeled rows on which the teacher's highest probability is lower"
+    )
+    pseudo_labels: bool = Field(False, description="give unlabeled rows the teacher's answer as a label, for ce")
     truncation_side: Literal["right", "left"] = Field("right", description="the end of a long text that is cut off")
     max_train_samples: int | None = Field(None, ge=2, description="use only so many training rows")
     max_unlabeled_samples: int | None = Field(None, ge=1, description="use only so many unlabeled rows")
@@ -55,8 +59,8 @@ class DataSection(Section):
     seed: int = Field(0, ge=0, description="of generated data and of carved and sampled rows")
 
 
-class TeacherSection(Section):
-    """The teacher: a checkpoint, or a config for one from scratch."""
+class TeacherMember(Section):
+    """One teacher: a checkpoint, or a config for one from scratch."""
 
     model: str | None = Field(None, description="Hub id or folder: a finished classifier, or what one is made from")
     revision: str | None = Field(None, description="commit, tag or branch of the model on the Hub")
@@ -66,9 +70,36 @@ class TeacherSection(Section):
     finetune: Literal["auto", "always", "never"] = Field(
         "auto", description="auto: unless it is a classifier for these labels already"
     )
+    max_length: int | None = Field(
+        None, ge=8, le=100_000, description="its longest input in tokens, where not data.max_length"
+    )
+    restrict_labels: bool = Field(
+        False, description="of a finished teacher that knows more labels, keep those of the data, by name"
+    )
+    weight: float = Field(1.0, gt=0, description="in the mean over an ensemble")
+
+    @model_validator(mode="after")
+    def _not_two_sources(self) -> TeacherMember:
+        if self.model is not None and self.config is not None:
+            raise ValueError("needs exactly one of model and config")
+        return self
+
+
+class TeacherSection(TeacherMember):
+    """The teacher, or the first of several."""
+
     train_split: str | None = Field(None, description="split that it is fine-tuned on, where not data.train_split")
+    ensemble: list[TeacherMember] = Field(
+        [],
+        description="more teachers, as [{seed: 1}, {model: DIR, weight: 2}]; one without model and config is the first "
+        "one again, with what is given changed",
+    )
+    mean: Literal["probabilities", "logits"] = Field("probabilities", description="what an ensemble takes the mean of")
     cache: bool = Field(
-        True, description="keep its logits on disk, where no loss reads its layers; false: it runs in every step"
+        True, description="keep its answers on disk, where no loss compares tokens; false: it runs in every step"
+    )
+    cache_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="of the answers on disk; half precision rounds by up to 2^-11 or 2^-8 of each value"
     )
     training: TrainingSection = Field(
         default_factory=TrainingSection, description="on top of `training`, for the teacher only"
@@ -79,6 +110,16 @@ class TeacherSection(Section):
         if (self.model is None) == (self.config is None):
             raise ValueError("needs exactly one of model and config")
         return self
+
+    def members(self) -> list[TeacherMember]:
+        """All teachers, this one first, each with all of its settings."""
+        first = self.model_dump(include=set(TeacherMember.model_fields), exclude_unset=True)
+        found = [TeacherMember(**first)]
+        for member in self.ensemble:
+            own = member.model_dump(exclude_unset=True)
+            shared = {} if member.model or member.config else {k: v for k, v in first.items() if k != "weight"}
+            found.append(TeacherMember(**(shared | own)))
+        return found
 
 
 class FromTeacher(Section):
@@ -194,6 +235,15 @@ class Experiment(Section):
             raise ValueError(
                 f"data.tokenizer is needed where the teacher has no checkpoint; `{TRAIN_TOKENIZER}` trains one"
             )
+        pool = {
+            "data.unlabeled_min_confidence": self.data.unlabeled_min_confidence is not None,
+            "data.pseudo_labels": self.data.pseudo_labels,
+            "training.unlabeled_ratio": self.training.unlabeled_ratio is not None,
+        }
+        if self.data.unlabeled is None and (given := [name for name, is_set in pool.items() if is_set]):
+            raise ValueError(f"{', '.join(given)}: there are no unlabeled rows; set data.unlabeled")
+        if self.data.pseudo_labels and self.training.unlabeled_ratio is not None:
+            raise ValueError("data.pseudo_labels leave no row unlabeled for training.unlabeled_ratio; set one of them")
         if self.student.from_teacher is not None and self.teacher.model is None:
             raise ValueError(
                 "student.from_teacher needs teacher.model: a teacher from scratch has no layers worth copying"
@@ -201,6 +251,6 @@ class Experiment(Section):
         return self
 
     def teacher_training(self) -> TrainingSection:
-        """`training` with the teacher's own settings over it."""
+        """`training` with the teacher's own settings over it, but for what is the students' alone."""
         own = self.teacher.training.model_dump(exclude_unset=True)
-        return TrainingSection(**(self.training.model_dump(exclude_unset=True) | own))
+        return TrainingSection(**(self.training.model_dump(exclude_unset=True) | own | {"unlabeled_ratio": None}))

@@ -39,6 +39,9 @@ class TrainingSection(BaseModel):
     term_gradient_norm_steps: int = Field(
         0, ge=0, description="log each term's gradient norm every so many steps; 0: never"
     )
+    unlabeled_ratio: float | None = Field(
+        None, gt=0, lt=1, description="part of each batch that is rows of data.unlabeled; else rows as they come"
+    )
     bf16: bool = Field(False, description="bfloat16 autocast")
     fp16: bool = Field(False, description="float16 autocast with loss scaling (GPU)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory")

@@ -1,4 +1,4 @@
-"""The examples of an experiment: splits with checked labels, then token ids for the trainer."""
+"""The examples of an experiment: splits with checked labels."""
 
 from __future__ import annotations
 
@@ -243,21 +243,3 @@ def content_hash(dataset: Any) -> str:
     for batch in dataset.iter(batch_size=1000):
         digest.update(json.dumps(batch, ensure_ascii=False, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
-
-
-def tokenize(dataset: Any, tokenizer: Any, max_length: int, token_type_ids: bool = False) -> Any:
-    """Adds token ids, cut at `max_length` and not padded, and drops the texts."""
-    from datasets import Value
-
-    columns = ["text", "text_pair"] if "text_pair" in dataset.column_names else ["text"]
-
-    def encode(batch: dict[str, list[str]]) -> Any:
-        return tokenizer(
-            *(batch[c] for c in columns),
-            truncation=True,
-            max_length=max_length,
-            return_token_type_ids=token_type_ids or None,
-        )
-
-    tokens = dataset.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
-    return tokens.cast_column("labels", Value("int64"))

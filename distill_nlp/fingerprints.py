@@ -14,6 +14,8 @@ from distill_nlp.loading import checkpoint_print
 from distill_nlp.materials import Materials
 from distill_nlp.stage_training import effective
 from distill_nlp.stages import Fingerprint
+from distill_nlp.teacher_parts import TeacherPart
+from distill_nlp.tokenization import tokenizer_hash
 
 
 class Fingerprints:
@@ -24,13 +26,18 @@ class Fingerprints:
         self.materials = materials
 
     @cached_property
-    def teacher(self) -> Fingerprint:
-        settings = self.experiment.teacher
-        if self.materials.finished_teacher is not None:
+    def teachers(self) -> list[Fingerprint]:
+        """One for each teacher."""
+        return [self._teacher(part) for part in self.materials.teachers]
+
+    def _teacher(self, part: TeacherPart) -> Fingerprint:
+        settings = part.settings
+        if part.finished is not None:
             return plain({"model": checkpoint_print(settings.model, settings.revision)})
+        train = content_hash(self.materials.splits.teacher_train)
         return plain(
             {
-                "data": self.materials.data_print | {"train": content_hash(self.materials.splits.teacher_train)},
+                "data": self.materials.data_print_of(part) | {"train": train},
                 "teacher": settings.model_dump(include={"config", "overrides", "seed"}),
                 "model": checkpoint_print(settings.model, settings.revision),
                 "training": effective(self.experiment.teacher_training(), of_student=False),
@@ -69,9 +76,30 @@ class Fingerprints:
         rest = {
             "losses": {key: section.model_dump() for key, section in self.experiment.losses.items()},
             "unlabeled": None if pool is None else content_hash(pool),
-            "teacher": self.teacher,
+            "teacher": self.teachers[0],
         }
-        return plain(self._common(seed, of_student=True) | rest)
+        return plain(self._common(seed, of_student=True) | rest | self._settings_of_teachers)
+
+    @property
+    def _settings_of_teachers(self) -> Fingerprint:
+        """The rest of what the teachers' answers depend on; nothing where all of it is at its default."""
+        experiment, parts = self.experiment, self.materials.teachers
+        found: Fingerprint = {}
+        if len(parts) > 1:
+            weights = [part.settings.weight for part in parts]
+            found |= {"ensemble": self.teachers[1:], "weights": weights, "mean": experiment.teacher.mean}
+        if self.materials.readers:
+            found["teachers_read"] = [
+                {"tokenizer": tokenizer_hash(part.tokenizer), "max_length": part.max_length} for part in parts
+            ]
+        if any(part.settings.restrict_labels for part in parts):
+            found["restrict_labels"] = [part.settings.restrict_labels for part in parts]
+        if experiment.teacher.cache and experiment.teacher.cache_dtype != "float32":
+            found["cache_dtype"] = experiment.teacher.cache_dtype
+        data = experiment.data
+        if data.unlabeled_min_confidence is not None or data.pseudo_labels:
+            found |= data.model_dump(include={"unlabeled_min_confidence", "pseudo_labels"})
+        return found
 
 
 def plain(fingerprint: Fingerprint) -> Fingerprint:

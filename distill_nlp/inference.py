@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill_nlp.capture import logits_of
+from distill_nlp.capture import forward_with_features
+from distill_nlp.losses.base import POOLINGS
 from distill_nlp.modeling import accepted_arguments
 
 
@@ -27,27 +28,55 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def batched_logits(
+def batched_answers(
     model: nn.Module,
     tokenizer: Any,
     batches: Iterable[Sequence[dict[str, Any]]],
     autocast: torch.dtype | None = None,
-) -> Iterator[np.ndarray]:
-    """The logits of each batch of encoded rows, float32, in the order of the batches.
+    states: Sequence[tuple[int, str]] = (),
+) -> Iterator[list[np.ndarray]]:
+    """The logits of each batch of encoded rows, then its pooled states, float32, in the order of the batches.
 
     A batch is given out when the next one has been started: an accelerator works on while rows are being padded.
+
+    Args:
+        model: a classifier; put into eval, run where it is, in its own dtype.
+        tokenizer: pads.
+        batches: of encoded rows (`input_ids`, ...).
+        autocast: dtype to run under, none where not given.
+        states: (layer, "first" or "mean"); layers as `forward_with_features` counts them.
+
+    Returns:
+        Per batch (B, C), then (B, H) for each of `states`.
     """
     model.eval()
     device = next(model.parameters()).device
-    started: torch.Tensor | None = None
+    layers = {layer for layer, _ in states}
+    started: list[torch.Tensor] | None = None
     for rows in batches:
+        inputs = collate(tokenizer, rows, model, device)
         with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits = logits_of(model(**collate(tokenizer, rows, model, device)))
+            features = forward_with_features(model, inputs, layers, set())
+        # As the losses pool, which run without autocast.
+        with torch.inference_mode():
+            mask = inputs.get("attention_mask")
+            pooled = [POOLINGS[how](features.hidden_states[layer], mask) for layer, how in states]
         if started is not None:
-            yield started.float().cpu().numpy()
-        started = logits
+            yield _arrays(started)
+        started = [features.logits, *pooled]
     if started is not None:
-        yield started.float().cpu().numpy()
+        yield _arrays(started)
+
+
+def _arrays(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    return [tensor.float().cpu().numpy() for tensor in tensors]
+
+
+def batched_logits(
+    model: nn.Module, tokenizer: Any, batches: Iterable[Sequence[dict[str, Any]]], autocast: torch.dtype | None = None
+) -> Iterator[np.ndarray]:
+    """The logits alone, see `batched_answers`."""
+    return (logits for (logits,) in batched_answers(model, tokenizer, batches, autocast))
 
 
 def predict_logits(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from functools import cached_property
 from typing import Any
 
@@ -13,16 +11,18 @@ from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
 from distill_nlp.config import TRAIN_TOKENIZER, Experiment
-from distill_nlp.data import Splits, content_hash, load_splits, tokenize
+from distill_nlp.data import Splits, content_hash, load_splits
 from distill_nlp.errors import UsageError
-from distill_nlp.loading import is_classifier, load_backbone, load_classifier, load_config, load_tokenizer
+from distill_nlp.labels import anonymous
+from distill_nlp.loading import load_backbone, load_tokenizer
 from distill_nlp.losses import LOSSES, ModelShape
 from distill_nlp.objective import DistillationObjective
 from distill_nlp.stage_training import mixed_precision
 from distill_nlp.stages import Fingerprint
-from distill_nlp.student import build_student, label_arguments, model_from_config
-from distill_nlp.teacher import label_order, reads_layers
+from distill_nlp.student import build_student
 from distill_nlp.teacher_cache import PRECISIONS
+from distill_nlp.teacher_parts import TeacherPart, assign_tokenizers, prepared
+from distill_nlp.tokenization import token_difference, tokenize, tokenizer_hash
 
 
 class Materials:
@@ -42,47 +42,41 @@ class Materials:
             return load_splits(self.experiment.data, self.experiment.teacher.train_split)
 
     @cached_property
+    def teachers(self) -> list[TeacherPart]:
+        """The teacher, or all of an ensemble, the first one first."""
+        settings, data = self.experiment.teacher, self.experiment.data
+        labels = self.splits.label_names
+        return [TeacherPart(member, i, data, labels) for i, member in enumerate(settings.members())]
+
+    @property
+    def lead(self) -> TeacherPart:
+        """The first teacher."""
+        return self.teachers[0]
+
+    @cached_property
     def label_names(self) -> list[str]:
         """Names of the classes; where the data have none, those of a finished teacher."""
-        names = self.splits.label_names
-        if names == [f"LABEL_{i}" for i in range(len(names))] and self.finished_teacher is not None:
-            return [self.finished_teacher.id2label[i] for i in range(len(names))]
+        names, finished = self.splits.label_names, self.lead.finished
+        if anonymous(names) and names[0].startswith("LABEL_") and finished is not None:
+            return [finished.id2label[i] for i in range(len(names))]
         return names
 
     @cached_property
-    def finished_teacher(self) -> Any | None:
-        """The config of the named teacher if it is a classifier for these labels already, else None."""
-        settings = self.experiment.teacher
-        if settings.model is None or settings.finetune == "always":
-            return None
-        config = load_config(settings.model, settings.revision)
-        if not is_classifier(config):
-            if settings.finetune == "never":
-                raise UsageError(f"teacher.finetune is never, but {settings.model} has no classification head")
-            return None
-        wanted = type(config)(**label_arguments(self.splits.label_names))
-        try:
-            label_order(config, wanted)
-        except ValueError as error:
-            hint = "set teacher.finetune: always to train a new head on it"
-            raise UsageError(f"teacher.model {settings.model} does not fit the data: {error}; or {hint}") from None
-        return config
-
-    @cached_property
     def tokenizer(self) -> Any:
+        """The student's."""
         settings = self.experiment
-        name = settings.data.tokenizer
+        name, student, data = settings.data.tokenizer, settings.student, settings.data
+        own = None
         if name == TRAIN_TOKENIZER:
-            tokenizer = self._trained_tokenizer()
+            own = self._trained_tokenizer()
         elif name is not None:
-            tokenizer = load_tokenizer(name)
-        else:
-            tokenizer = load_tokenizer(settings.teacher.model, settings.teacher.revision)
-        if tokenizer.pad_token_id is None:
-            raise UsageError(f"the tokenizer {name or settings.teacher.model} has no padding token")
-        tokenizer.truncation_side = settings.data.truncation_side
-        tokenizer.model_max_length = settings.data.max_length
-        return tokenizer
+            own = load_tokenizer(name)
+        elif student.model is not None:
+            own = load_tokenizer(student.model, student.revision)
+        # Where it reads as the teacher's does, the teacher's file goes on with the student.
+        if own is None or (name is None and token_difference(own, self.lead.own_tokenizer) is None):
+            own = self.lead.own_tokenizer
+        return prepared(own, data, data.max_length)
 
     def _trained_tokenizer(self) -> Any:
         from distill_nlp.synthetic import train_tokenizer
@@ -91,52 +85,85 @@ class Materials:
         columns = [part[c] for part in parts if part is not None for c in ("text", "text_pair") if c in part.features]
         return train_tokenizer([text for column in columns for text in column], self.experiment.data.vocab_size)
 
+    @cached_property
+    def readers(self) -> dict[str, TeacherPart]:
+        """prefix of columns -> a teacher that reads these; none where all read the student's tokens."""
+        return assign_tokenizers(self.teachers, self.tokenizer, self.experiment.data.max_length)
+
     def check_tokenizers(self) -> None:
-        """Both models must read the same tokens: whole vocabularies are compared, not their sizes."""
-        settings = self.experiment
-        sources = {"student.model": (settings.student.model, settings.student.revision)}
-        if settings.data.tokenizer is not None:
-            sources["teacher.model"] = (settings.teacher.model, settings.teacher.revision)
-        for where, (name, revision) in sources.items():
-            if name is not None and load_tokenizer(name, revision).get_vocab() != self.tokenizer.get_vocab():
-                used = settings.data.tokenizer or settings.teacher.model
-                raise UsageError(
-                    f"{where} {name} has another vocabulary than the tokenizer {used}; teacher and student must share "
-                    "one: choose another student, or make one by student.from_teacher"
-                )
+        """The student's embeddings must be those of its tokens.
+
+        Raises:
+            UsageError: they are of another vocabulary.
+        """
+        data, student = self.experiment.data, self.experiment.student
+        _ = self.readers
+        if data.tokenizer is None or (student.model is None and student.from_teacher is None):
+            return
+        if student.model is not None:
+            where, own = f"student.model {student.model}", load_tokenizer(student.model, student.revision)
+        else:
+            where, own = "student.from_teacher", self.lead.own_tokenizer
+        if difference := token_difference(own, self.tokenizer):
+            raise UsageError(
+                f"{where} has another vocabulary than data.tokenizer {data.tokenizer} ({difference}); leave "
+                "data.tokenizer out, or start the student from a config"
+            )
 
     @cached_property
     def data_print(self) -> Fingerprint:
-        """What of the data every stage depends on."""
-        data = self.experiment.data
+        """What of the data every student depends on."""
+        return self._print_of(self.tokenizer, self.experiment.data.max_length)
+
+    def data_print_of(self, teacher: TeacherPart) -> Fingerprint:
+        """The same of a teacher, by its own tokens."""
+        _ = self.readers
+        return self._print_of(teacher.tokenizer, teacher.max_length)
+
+    def _print_of(self, tokenizer: Any, max_length: int) -> Fingerprint:
         return {
-            "tokenizer": _tokenizer_hash(self.tokenizer),
-            "max_length": data.max_length,
-            "truncation_side": data.truncation_side,
+            "tokenizer": tokenizer_hash(tokenizer),
+            "max_length": max_length,
+            "truncation_side": self.experiment.data.truncation_side,
             "label_names": self.label_names,
-            "validation": content_hash(self.splits.validation),
+            "validation": self._validation_hash,
         }
+
+    @cached_property
+    def _validation_hash(self) -> str:
+        return content_hash(self.splits.validation)
 
     @cached_property
     def _needs_token_type_ids(self) -> bool:
         return "text_pair" in self.splits.train.features
 
-    def tokens(self, dataset: Any) -> Any:
-        """Token ids of a split; every rank must call it, the main one of each machine does the work."""
-        with self.state.local_main_process_first():
-            return self.tokens_alone(dataset)
+    def tokens(self, dataset: Any, teacher: TeacherPart | None = None) -> Any:
+        """Token ids of a split, the student's or a teacher's own.
 
-    def tokens_alone(self, dataset: Any) -> Any:
+        Every rank must call it; the main one of each machine does the work.
+        """
+        with self.state.local_main_process_first():
+            return self.tokens_alone(dataset, teacher)
+
+    def tokens_alone(self, dataset: Any, teacher: TeacherPart | None = None) -> Any:
         """The same where the other ranks are not there."""
-        return tokenize(dataset, self.tokenizer, self.experiment.data.max_length, self._needs_token_type_ids)
+        _ = self.readers
+        reader = self if teacher is None else teacher
+        length = self.experiment.data.max_length if teacher is None else teacher.max_length
+        return tokenize(dataset, reader.tokenizer, length, self._needs_token_type_ids)
 
     @cached_property
     def student_rows(self) -> Any:
-        """Token ids of all that the distilled students learn from: the labeled rows and the pool."""
-        train = self.tokens(self.splits.train)
-        if self.splits.unlabeled is None:
-            return train
-        return concatenate_datasets([train, self.tokens(self.splits.unlabeled)])
+        """Token ids of all that the students learn from, labeled rows and the pool, also as the teachers read it."""
+        parts = [part for part in (self.splits.train, self.splits.unlabeled) if part is not None]
+        with self.state.local_main_process_first():
+            return concatenate_datasets([self._for_all_readers(part) for part in parts])
+
+    def _for_all_readers(self, dataset: Any) -> Any:
+        types = self._needs_token_type_ids
+        for prefix, part in self.readers.items():
+            dataset = tokenize(dataset, part.tokenizer, part.max_length, types, prefix=prefix, keep_texts=True)
+        return tokenize(dataset, self.tokenizer, self.experiment.data.max_length, types)
 
     @cached_property
     def validation(self) -> Any:
@@ -144,16 +171,9 @@ class Materials:
 
     # ---- the models before training ----
 
-    def new_teacher(self) -> PreTrainedModel:
-        """The teacher to be fine-tuned."""
-        settings = self.experiment.teacher
-        overrides = {**label_arguments(self.label_names), **settings.overrides}
-        if settings.model is not None:
-            return load_classifier(settings.model, settings.revision, **overrides)
-        try:
-            return model_from_config(self._sized(settings.config or {}), overrides)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"teacher.{error}") from error
+    def new_teacher(self, teacher: TeacherPart) -> PreTrainedModel:
+        """A teacher to be fine-tuned."""
+        return teacher.new_model(self.label_names, self._sizes)
 
     def new_student(self) -> PreTrainedModel:
         """The student as both the baseline and the distilled one start; what is random follows the seed."""
@@ -182,17 +202,16 @@ class Materials:
         Raises:
             UsageError: the student cannot be built, or the losses do not fit the two models.
         """
-        settings = self.experiment.teacher
-        if settings.model is not None:
-            teacher = load_config(settings.model, settings.revision)
-        else:
-            teacher = self.new_teacher().config
+        configs = [part.config(self.label_names, self._sizes) for part in self.teachers]
         student = self.new_student()
-        length = self.experiment.data.max_length
-        for role, config in (("teacher", teacher), ("student", student.config)):
+        lengths = [(part.name, config, part.max_length) for part, config in zip(self.teachers, configs, strict=True)]
+        for role, config, length in (*lengths, ("student", student.config, self.experiment.data.max_length)):
             longest = getattr(config, "max_position_embeddings", None)
             if longest is not None and longest < length:
-                raise UsageError(f"data.max_length is {length}, but the {role} reads at most {longest} tokens")
+                own = role != "student" and length != self.experiment.data.max_length
+                setting = "teacher.max_length" if own else "data.max_length"
+                raise UsageError(f"{setting} is {length}, but the {role} reads at most {longest} tokens")
+        teacher = configs[0]
         teacher = copy.copy(teacher)
         teacher.id2label = student.config.id2label
         sections = self.experiment.losses
@@ -204,7 +223,24 @@ class Materials:
             objective.bind(ModelShape.from_config(student.config), ModelShape.from_config(teacher))
         except ValueError as error:
             raise UsageError(str(error)) from None
+        self._check_layers_can_be_read(objective)
         return objective
+
+    def _check_layers_can_be_read(self, objective: DistillationObjective) -> None:
+        if len(self.teachers) > 1 and (reading := objective.reads_layers()):
+            raise UsageError(
+                f"losses {', '.join(reading)} read layers of the teacher, which an ensemble has not; use losses of the "
+                "logits, or leave teacher.ensemble out"
+            )
+        _ = self.readers
+        if self.lead.prefix and (reading := objective.token_level()):
+            length, other = self.experiment.data.max_length, self.lead.max_length
+            difference = token_difference(self.lead.tokenizer, self.tokenizer)
+            why = f"cut at {other} and {length} tokens" if difference is None else difference
+            raise UsageError(
+                f"losses {', '.join(reading)} compare token by token, but teacher and student read different tokens "
+                f"({why}); use losses of the logits, pkd, or relations between examples"
+            )
 
     def check_student(self) -> None:
         """Builds the student and sizes the losses once; raises as `objective` does."""
@@ -222,19 +258,16 @@ class Materials:
             return "teacher.cache is false"
         if not self.objective.needs_teacher:
             return "no loss needs the teacher"
-        if reading := reads_layers(self.objective):
-            return f"losses {', '.join(reading)} read the teacher's layers, and only its logits are cached"
+        if reading := self.objective.token_level():
+            return f"losses {', '.join(reading)} compare token by token, and tokens' states are not cached"
         if self.mixed_precision not in PRECISIONS:
             return f"logits are not cached under {self.mixed_precision}"
         return None
 
     def _sized(self, config: dict[str, Any]) -> dict[str, Any]:
         """A config from scratch, over this tokenizer's vocabulary."""
-        return {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id, **config}
+        return {**self._sizes, **config}
 
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of vocabulary and rules, without the truncation and padding that the last call left set."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules = {key: value for key, value in parts.items() if key not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        return {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id}

@@ -92,6 +92,24 @@ class DistillationObjective(nn.Module):
         """Layers that the losses read: side 0 is the student, 1 the teacher; kind "hidden_state" or "attention"."""
         return {pair[side] for loss in self.losses.values() for pair in getattr(loss, f"{kind}_pairs")}
 
+    def reads_layers(self) -> list[str]:
+        """Names of the losses that read layers of the two models."""
+        return [name for name, loss in self.losses.items() if loss.hidden_state_pairs or loss.attention_pairs]
+
+    def token_level(self) -> list[str]:
+        """Names of the losses that compare the two models token by token."""
+        return [
+            name
+            for name, loss in self.losses.items()
+            if loss.attention_pairs or (loss.hidden_state_pairs and loss.pooling is None)
+        ]
+
+    def pooled_states(self) -> set[tuple[int, str]]:
+        """(teacher layer, "first" or "mean"): what the losses read of a teacher's texts as a whole."""
+        return {
+            (pair[1], loss.pooling) for loss in self.losses.values() if loss.pooling for pair in loss.hidden_state_pairs
+        }
+
     def set_progress(self, progress: float) -> None:
         """Brings weights and temperatures to where training is, from 0 to 1. Called before each step."""
         self.weights = {name: schedule(progress) for name, schedule in self.schedules.items()}

@@ -40,11 +40,14 @@ class Features:
         logits: `(B, C)`.
         hidden_states: layer -> `(B, S, H)`, only the layers that some loss asked for.
         attentions: layer -> `AttentionInputs`, likewise.
+        pooled: (layer, "first" or "mean") -> `(B, H)`: what stands in for the hidden states of a teacher that reads
+            tokens of its own, or whose answers are cached.
     """
 
     logits: torch.Tensor
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
     attentions: dict[int, AttentionInputs] = field(default_factory=dict)
+    pooled: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

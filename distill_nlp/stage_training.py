@@ -19,13 +19,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 import distill_nlp
 from distill_nlp.arguments import DistillationArguments
 from distill_nlp.config import TrainingSection
+from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.losses import DistillationLoss
 from distill_nlp.metrics import compute_metrics
 from distill_nlp.progress import StageProgress
 from distill_nlp.schedules import Setting
 from distill_nlp.stages import Fingerprint, StageFolder, write_json
-from distill_nlp.teacher import CachedTeacher
+from distill_nlp.teacher import CachedTeacher, Teacher
 from distill_nlp.terms import FormulaPrinter
 from distill_nlp.trainer import DistillationTrainer
 
@@ -80,7 +81,7 @@ class TrainingJob:
     arguments: DistillationArguments
     tokenizer: Any
     max_length: int
-    teacher: PreTrainedModel | CachedTeacher | None = None
+    teacher: Teacher | TeacherEnsemble | CachedTeacher | None = None
     weights: dict[str, Setting] | None = None
 
     def run(self, say: Say) -> None:
@@ -90,13 +91,12 @@ class TrainingJob:
             UsageError: models, losses and lengths do not fit.
             DistillError: the device has too little memory.
         """
-        for role, model in (("model", self.model), ("teacher", self.teacher)):
-            longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-            if longest is not None and longest < self.max_length:
-                raise UsageError(
-                    f"data.max_length is {self.max_length}, but the {role} of the stage {self.name} reads at most "
-                    f"{longest} tokens"
-                )
+        longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        if longest is not None and longest < self.max_length:
+            raise UsageError(
+                f"data.max_length is {self.max_length}, but the model of the stage {self.name} reads at most {longest} "
+                "tokens"
+            )
         state = PartialState()
         if state.is_main_process:
             self.folder.begin(self.fingerprint)
@@ -213,12 +213,13 @@ def same_budget(section: TrainingSection, arguments: DistillationArguments, rows
 
 def effective(section: TrainingSection, of_student: bool) -> dict[str, Any]:
     """The settings of a section that change what comes out; some are the distilled student's."""
-    left_out = _COSMETIC if of_student else _COSMETIC | _OF_SEVERAL_TERMS
+    left_out = _COSMETIC if of_student else _COSMETIC | _OF_SEVERAL_TERMS | {"unlabeled_ratio"}
     if section.loss_balancing == "none":
         left_out = left_out | {"term_gradient_norm_steps"}
     # What stands at its default is left out as well: a setting that is new must not make old results stale.
     fields = TrainingSection.model_fields
-    left_out = left_out | {k for k in _OF_SEVERAL_TERMS if getattr(section, k) == fields[k].default}
+    new = _OF_SEVERAL_TERMS | {"unlabeled_ratio"}
+    left_out = left_out | {k for k in new if getattr(section, k) == fields[k].default}
     return {k: v for k, v in section.model_dump(mode="json").items() if k not in left_out}
 
 

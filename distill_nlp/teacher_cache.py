@@ -1,7 +1,8 @@
-"""The teacher's logits on disk, found by content: of which teacher, for which token ids.
+"""A teacher's answers on disk, found by content: of which teacher, for which token ids.
 
-A folder holds the logits of one teacher in one precision. Its shards are written once and never changed; each has the
-hash of its bytes in its name, so that any number of processes can add to a folder, and damage shows when it is read.
+A folder holds one output of one teacher in one precision: its logits, or its states of a layer as one vector per text.
+Its shards are written once and never changed; each has the hash of its bytes in its name, so that any number of
+processes can add to a folder, and damage shows when it is read.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load, save
+from safetensors.torch import load, save
 from torch import nn
 
 from distill_nlp.losses.base import ModelShape
@@ -71,7 +72,7 @@ def model_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def teacher_identity(config: Any, model_class: str, weights: str, mixed_precision: str = "no") -> dict[str, Any]:
-    """All that a teacher's logits depend on besides its inputs, as plain values.
+    """All that a teacher's answers depend on besides its inputs, as plain values.
 
     Args:
         config: of the teacher; its labels in their order are part of it.
@@ -97,59 +98,66 @@ def teacher_identity(config: Any, model_class: str, weights: str, mixed_precisio
     }
 
 
-# ---- which row ----
+# ---- one output of it ----
+
+STORAGES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Names of what numbers are kept in -> dtype. The nearest to the float32 that was computed differs from it by
+
+- float32: nothing;
+- float16 (11 significant bits): at most 2^-11 of itself, or 2^-25 below 2^-14 in size; up to 65504 in size;
+- bfloat16 (8 significant bits): at most 2^-8 of itself, or 2^-134 below 2^-126 in size; up to 3.389e38.
+"""
 
 
-def row_keys(columns: Mapping[str, np.ndarray], ends: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-    """The key and the length of each row, both without the padding at its end.
+def output_identity(teacher: dict[str, Any], output: str = "logits", storage: str = "float32") -> dict[str, Any]:
+    """What tells the caches of one teacher's outputs from each other; logits in float32 have the teacher's identity.
 
     Args:
-        columns: name -> whole numbers of all rows, one after the other; `attention_mask` is told by its name. A mask
-            of ones is no part of the key: it says no more than that there is no padding.
-        ends: (N,), where each row ends.
+        teacher: see `teacher_identity`.
+        output: "logits", or the name of pooled states.
+        storage: one of `STORAGES`.
+
+    Raises:
+        ValueError: an unknown storage.
     """
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64) if len(ends) else ends.astype(np.int64)
-    stops, gaps = ends.astype(np.int64), np.zeros(len(ends), dtype=bool)
-    mask = columns.get("attention_mask")
-    if mask is not None and not mask.all():
-        real = np.flatnonzero(mask)
-        rows = np.searchsorted(ends, real, side="right")
-        # Of several values for one row numpy keeps the last. A row of padding alone is left as it is.
-        stops = stops.copy()
-        stops[rows] = real + 1
-        gaps = np.bincount(rows, minlength=len(ends)) < stops - starts
-    names = sorted(columns.keys() - {"attention_mask"})
-    values = [memoryview(np.ascontiguousarray(columns[name], dtype="<i4")).cast("B") for name in names]
-    plain = hashlib.blake2b(",".join(names).encode(), digest_size=KEY_BYTES)
-    masked = hashlib.blake2b(",".join([*names, "attention_mask"]).encode(), digest_size=KEY_BYTES)
-    keys = []
-    for start, stop, gap in zip(starts.tolist(), stops.tolist(), gaps.tolist(), strict=True):
-        key = (masked if gap else plain).copy()
-        for column in values:
-            key.update(column[4 * start : 4 * stop])
-        if gap:
-            key.update((mask[start:stop] != 0).tobytes())
-        keys.append(key.digest())
-    return keys, stops - starts
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+    identity = dict(teacher)
+    if output != "logits":
+        identity["output"] = output
+    if storage != "float32":
+        identity["storage"] = storage
+    return identity
+
+
+def not_to_be_kept(values: np.ndarray, storage: str) -> np.ndarray:
+    """(N,) booleans: rows of (N, W) that hold a number which is not finite in this storage."""
+    return ~torch.from_numpy(values).to(STORAGES[storage]).isfinite().all(dim=1).numpy()
 
 
 # ---- the folder ----
 
 
-class LogitsCache:
-    """The logits that are kept of one teacher; what is added is seen after the next `read`.
+class AnswerCache:
+    """What is kept of one output of one teacher: a vector per row. What is added is seen after the next `read`.
 
     Args:
         root: folder of all caches; this one's is a sub-folder, named by the identity.
-        identity: see `teacher_identity`.
+        identity: see `output_identity`.
     """
 
     def __init__(self, root: str | Path, identity: dict[str, Any]) -> None:
         self.identity = identity
         self.folder = Path(root).expanduser() / _hash(json.dumps(identity, sort_keys=True).encode())
+        self.output = identity.get("output", "logits")
+        self.storage = identity.get("storage", "float32")
+        self.largest_error = 0.0
+        self._name = "logits" if self.output == "logits" else "states"
         self._read: set[str] = set()
         self._rows: dict[bytes, int] = {}
-        self._logits = np.empty((0, len(identity["labels"])), dtype=np.float32)
+        self._blocks: list[torch.Tensor] = []
+        # Number of the first row of each block, and of the next one.
+        self._starts = [0]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -159,7 +167,6 @@ class LogitsCache:
 
     def read(self) -> None:
         """Takes in the shards that were not there at the last call; one that is damaged is set aside."""
-        blocks, count = [self._logits], len(self._logits)
         for path in self.shards():
             if path.name in self._read:
                 continue
@@ -172,16 +179,17 @@ class LogitsCache:
                 self._set_aside(path)
                 continue
             shard = load(data)
-            keys = shard["keys"].tobytes()
-            for i in range(len(shard["logits"])):
+            keys, count = shard["keys"].numpy().tobytes(), self._starts[-1]
+            for i in range(len(shard["keys"])):
                 self._rows[keys[KEY_BYTES * i : KEY_BYTES * (i + 1)]] = count + i
-            blocks.append(shard["logits"])
-            count += len(shard["logits"])
+            self._blocks.append(shard[self._name])
+            self._starts.append(count + len(shard["keys"]))
+            if "error" in shard:
+                self.largest_error = max(self.largest_error, shard["error"].item())
             self._read.add(path.name)
-        self._logits = np.concatenate(blocks)
 
     def shards(self) -> list[Path]:
-        """The files of logits, in the order of their names."""
+        """The files of vectors, in the order of their names."""
         return sorted(self.folder.glob("shard-*.safetensors"))
 
     def _set_aside(self, path: Path) -> None:
@@ -189,24 +197,41 @@ class LogitsCache:
             os.replace(path, path.with_suffix(".damaged"))
         except FileNotFoundError:
             return
+        except OSError as error:
+            logger.warning("teacher cache: %s is damaged and cannot be set aside: %s", path, error)
+            return
         logger.warning("teacher cache: %s is damaged and set aside; its rows are computed again", path)
 
-    def add(self, keys: Sequence[bytes], logits: np.ndarray, rank: int = 0) -> None:
-        """Writes a shard: logits (N, C) of the rows with these keys."""
-        shard = {
-            "keys": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES),
-            "logits": np.ascontiguousarray(logits, dtype=np.float32),
-        }
+    def add(self, keys: Sequence[bytes], values: np.ndarray, rank: int = 0) -> None:
+        """Writes a shard.
+
+        Args:
+            keys: of its rows.
+            values: (N, W), without a row that is `not_to_be_kept`.
+            rank: in a launch of several processes.
+        """
+        values = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+        stored = values.to(STORAGES[self.storage])
+        shard = {"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)}
+        shard[self._name] = stored
+        if self.storage != "float32":
+            shard["error"] = (stored.float() - values).abs().max().view(1)
         data = save(shard)
         _write(self.folder / f"shard-{rank:05d}-{_hash(data)}.safetensors", data)
 
-    def logits_of(self, keys: Sequence[bytes]) -> np.ndarray:
-        """(N, C), the logits of these rows, in the teacher's own order of labels.
+    def values_of(self, keys: Sequence[bytes]) -> np.ndarray:
+        """(N, W) in float32, the vectors of these rows; logits in the teacher's own order of labels.
 
         Raises:
             KeyError: a row that is not kept.
         """
-        return self._logits[[self._rows[key] for key in keys]]
+        rows = np.fromiter((self._rows[key] for key in keys), dtype=np.int64, count=len(keys))
+        values = np.empty((len(rows), self._blocks[0].shape[1] if self._blocks else 0), dtype=np.float32)
+        order = np.argsort(rows, kind="stable")
+        parts = np.split(order, np.searchsorted(rows[order], self._starts[1:-1]))
+        for block, start, places in zip(self._blocks, self._starts, parts, strict=False):
+            values[places] = block[torch.from_numpy(rows[places] - start)].float().numpy()
+        return values
 
     def size(self) -> int:
         """Bytes of all shards."""
@@ -218,7 +243,9 @@ class LogitsCache:
         Args:
             teacher: name or folder that it came from.
         """
-        held = {"rows": len(self), "shards": len(self.shards()), "bytes": self.size()}
+        held: dict[str, Any] = {"rows": len(self), "shards": len(self.shards()), "bytes": self.size()}
+        if self.storage != "float32":
+            held["largest_error"] = self.largest_error
         record = {"teacher": teacher, **self.identity, **held}
         _write(self.folder / MANIFEST, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
 

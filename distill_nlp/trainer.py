@@ -12,14 +12,18 @@ from transformers import Trainer, set_seed
 
 from distill_nlp.arguments import DistillationArguments, setting_of
 from distill_nlp.checkpoints import load_weights, save_objective, save_student
+from distill_nlp.collation import DistillationCollator
+from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.gradient_meter import GradientMeter
+from distill_nlp.labels import check_data_labels
 from distill_nlp.losses.base import IGNORE_INDEX, DistillationLoss
 from distill_nlp.modeling import DistillationModel, accepted_arguments
 from distill_nlp.objective import DistillationObjective, Shares
 from distill_nlp.outputs import DistillationOutput
 from distill_nlp.projections import fit_projections, projected_losses, separate_projections, spread_rows
+from distill_nlp.sampling import mixed_sampler
 from distill_nlp.schedules import Setting
-from distill_nlp.teacher import TEACHER_LOGITS, CachedTeacher, bind_teacher
+from distill_nlp.teacher import TEACHER_PREFIX, CachedTeacher, Teacher, bind_teacher
 from distill_nlp.terms import FormulaPrinter, TermLog
 
 
@@ -36,7 +40,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student.
-        teacher: the fine-tuned teacher, or a `CachedTeacher`; None where no loss needs one.
+        teacher: the fine-tuned teacher; a `Teacher` where it reads tokens of its own or has more labels; a
+            `TeacherEnsemble`; a `CachedTeacher`; None where no loss needs one.
         losses: name -> loss.
         loss_weights: name -> factor, or a schedule such as `{"schedule": "linear", "start": 1.0, "end": 0.0}` (see
             `schedules.build_schedule`); 1 where not given, 0 leaves the loss out.
@@ -61,7 +66,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module | CachedTeacher | None = None,
+        teacher: nn.Module | Teacher | TeacherEnsemble | CachedTeacher | None = None,
         losses: dict[str, DistillationLoss] | None = None,
         loss_weights: dict[str, Setting] | None = None,
         args: DistillationArguments | None = None,
@@ -94,11 +99,17 @@ class DistillationTrainer(Trainer):
         # Before the Trainer looks at the columns of the data: the teacher's inputs count as used.
         student_config = getattr(model, "config", None)
         self.teacher = bind_teacher(teacher, student_config, objective) if objective.needs_teacher else None
+        if self.teacher is not None and self.teacher.tokenizers and kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = DistillationCollator(kwargs.get("processing_class"), self.teacher.tokenizers)
+        if student_config is not None:
+            check_data_labels(kwargs.get("train_dataset"), student_config)
         super().__init__(model=wrapped, args=args, **kwargs)
         # A micro-batch's own length would be wrong on the Trainer's older path, which divides where this is False.
         self.model_accepts_loss_kwargs = True
         if self.teacher is not None:
             self.teacher.prepare(self.args.device, self.train_dataset)
+        if self.train_dataset is not None and setting_of(self.args, "unlabeled_ratio") is not None:
+            self._get_train_sampler()  # refuses data that it cannot serve; of a stream, the Trainer would never ask
         self._begin_training()
         self._refuse_where_sharded()
         if self.args.torch_compile and self._meter.every:
@@ -171,7 +182,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, DistillationOutput]:
         """In training the objective's part of the global batch's mean, in evaluation the plain task loss."""
-        asked, inputs = inputs, {name: value for name, value in inputs.items() if name != TEACHER_LOGITS}
+        asked, inputs = inputs, {name: x for name, x in inputs.items() if not name.startswith(TEACHER_PREFIX)}
         if not model.training:
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -238,6 +249,13 @@ class DistillationTrainer(Trainer):
         return map(self._prepare_inputs, DataLoader(Subset(data, rows), size, collate_fn=collate, generator=generator))
 
     # ---- data and optimizer ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's sampler, or with `unlabeled_ratio` one that keeps it in each batch."""
+        if setting_of(self.args, "unlabeled_ratio") is None:
+            return super()._get_train_sampler(train_dataset)
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return mixed_sampler(data, self.args, self._train_batch_size, lambda: int(self.state.epoch or 0))
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keeps the columns that either model takes: a BERT teacher reads token_type_ids, its DistilBERT does not."""

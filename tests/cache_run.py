@@ -13,8 +13,11 @@ from accelerate import PartialState
 from helpers import make_dataset, make_teacher, make_tokenizer, make_trainer
 
 from distill_nlp import CachedTeacher, CrossEntropyLoss, KLDivergenceLoss, cache_teacher_logits
+from distill_nlp.ensemble import TeacherEnsemble
 
 ROWS = 24
+STATES = [(4, "first"), (2, "mean")]
+COLUMNS = ["teacher_logits", "teacher_first_4", "teacher_mean_2"]
 
 
 def counted(teacher):
@@ -29,10 +32,24 @@ def counted(teacher):
     return teacher, seen
 
 
-def fill(folder):
+def cached(folder, teacher=None, data=None, **settings):
+    """The data with the answers beside them, and the lines that were said."""
+    lines = []
+    teacher = make_teacher() if teacher is None else teacher
+    data = make_dataset() if data is None else data
+    return cache_teacher_logits(teacher, data, make_tokenizer(), folder, say=lines.append, **settings), lines
+
+
+def fill(folder, **settings):
     teacher, seen = counted(make_teacher())
-    rows = cache_teacher_logits(teacher, make_dataset(ROWS), make_tokenizer(), folder, batch_size=3)
+    rows, _ = cached(folder, teacher, make_dataset(ROWS), batch_size=3, **settings)
     return rows, seen
+
+
+def fill_ensemble(folder):
+    (one, seen), (two, seen_by_two) = counted(make_teacher()), counted(make_teacher(seed=7))
+    rows, lines = cached(folder, TeacherEnsemble([one, two], [2, 1]), make_dataset(ROWS), batch_size=3)
+    return rows, [seen, seen_by_two], lines
 
 
 def train(folder, rows):
@@ -56,13 +73,24 @@ def main():
     _, again = fill(folder / "shared")
     # Disks that the ranks do not share.
     apart, seen_apart = fill(folder / f"apart-{rank}")
+    # Over the logits that are there already, and rounded, with nothing there.
+    states, seen_for_states = fill(folder / "shared", states=STATES)
+    rounded, seen_rounded = fill(folder / "rounded", states=STATES, storage="bfloat16")
+    ensemble, seen_by_members, lines = fill_ensemble(folder / "shared")
     result = {
         "world_size": torch.distributed.get_world_size(),
         "seen": seen,
         "seen_again": again,
         "seen_apart": seen_apart,
+        "seen_for_states": seen_for_states,
+        "seen_rounded": seen_rounded,
+        "seen_by_members": seen_by_members,
+        "lines": lines,
         "logits": shared["teacher_logits"][:],
         "logits_apart": apart["teacher_logits"][:],
+        "states": {name: states[name][:] for name in COLUMNS},
+        "rounded": {name: rounded[name][:] for name in COLUMNS},
+        "logits_ensemble": ensemble["teacher_logits"][:],
         "loss_kl": train(folder / "run", shared),
     }
     (folder / f"results-{rank}.json").write_text(json.dumps(result))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import helpers
 import pytest
+import yaml
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,3 +57,46 @@ def make_trainer(tmp_path):
         return helpers.make_trainer(tmp_path / name, **settings)
 
     return make
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """`experiment(dotted changes)`: the path of a config of a tiny experiment with a local teacher backbone."""
+    backbone = tmp_path / "backbone"
+    model = helpers.make_teacher(id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
+    model.bert.save_pretrained(backbone)
+    helpers.make_tokenizer().save_pretrained(backbone)
+    helpers.write_rows(tmp_path / "data")
+
+    def write(**changes) -> Path:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "seeds": [0],
+            "data": {
+                "dataset": str(tmp_path / "data"),
+                "validation_split": "validation",
+                "label_names": list(helpers.BINARY),
+                "max_length": 16,
+            },
+            "teacher": {"model": str(backbone), "training": {"max_steps": 4}},
+            "student": {"from_teacher": {"layers": 2}},
+            "losses": {"ce": {"weight": 0.3}, "kl": {"weight": 0.7}, "hidden": {}, "attention": {"layers": "last"}},
+            "training": {"max_steps": 3, "per_device_train_batch_size": 8, "eval_strategy": "steps", "eval_steps": 2},
+            "report": {
+                "latency_samples": 2,
+                "throughput_batch_size": 4,
+                "throughput_batches": 2,
+                "bootstrap_samples": 100,
+            },
+        }
+        for dotted, value in changes.items():
+            *parents, last = dotted.split("__")
+            inner = settings
+            for name in parents:
+                inner = inner.setdefault(name, {})
+            inner[last] = value
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write

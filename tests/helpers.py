@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -32,6 +35,8 @@ from distill_nlp.outputs import AttentionInputs, Features
 
 VOCAB_SIZE = 100
 LABELS = ("negative", "neutral", "positive")
+
+BINARY = ("bad", "good")
 
 # ---- models and data ----
 
@@ -108,6 +113,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=32,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+
+
+def swapped_tokenizer() -> PreTrainedTokenizerFast:
+    """The same entries, but the numbers of w40 and w41 in each other's place."""
+    tokenizer = make_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = backend["model"]["vocab"]
+    vocab["w40"], vocab["w41"] = vocab["w41"], vocab["w40"]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    return tokenizer
 
 
 def make_dataset(rows: int = 16, seed: int = 0, unlabeled: tuple[int, ...] = (), max_length: int = 12) -> Dataset:
@@ -347,3 +362,19 @@ def numeric_gradient(function, tensor: torch.Tensor, step: float = 1e-5) -> np.n
         down[index] -= step
         gradient[index] = (function(up) - function(down)) / (2 * step)
     return gradient
+
+
+# ---- experiments ----
+
+
+def write_rows(folder: Path, words: int = 3) -> Path:
+    """Separable rows: the first word tells the label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", 40), ("validation", 12), ("test", 16), ("pool", 20)):
+        rows = [(f"w{4 + i % 2} w{10 + (i * 7 + len(split)) % 60} w{10 + (i * 3) % 50}", i % 2) for i in range(count)]
+        more = [" ".join(f"w{10 + (i * 5 + j * 11) % 60}" for j in range(3, words)) for i in range(count)]
+        rows = [(f"{text} {rest}".strip(), label) for (text, label), rest in zip(rows, more, strict=True)]
+        table = pd.DataFrame(rows, columns=["text", "label"])
+        extra = {"other": [f"w{20 + i % 30}" for i in range(count)], "big": table.label * 7, "same": 1}
+        table.assign(**extra).to_parquet(folder / f"{split}.parquet")
+    return folder

@@ -13,6 +13,7 @@ def test_defaults_that_differ_from_the_trainers():
     assert args.projection_learning_rate_factor == 1.0
     assert args.loss_balancing == "none"
     assert args.term_gradient_norm_steps == 0
+    assert args.unlabeled_ratio is None
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,9 @@ def test_defaults_that_differ_from_the_trainers():
         ({"projection_init_batches": 0}, "projection_init_batches must be at least 1, got 0"),
         ({"loss_balancing": "yes"}, "loss_balancing must be none or gradient_norm, got 'yes'"),
         ({"term_gradient_norm_steps": -1}, "term_gradient_norm_steps must be >= 0, got -1"),
+        ({"unlabeled_ratio": 0.0}, "unlabeled_ratio must lie between 0 and 1, got 0.0; leave it out"),
+        ({"unlabeled_ratio": 1.0}, "unlabeled_ratio must lie between 0 and 1, got 1.0"),
+        ({"unlabeled_ratio": float("nan")}, "unlabeled_ratio must lie between 0 and 1, got nan"),
     ],
 )
 def test_refuses_arguments_out_of_range(settings, message):

@@ -218,3 +218,36 @@ def test_weights_and_temperatures_may_follow_a_schedule_in_the_file_and_on_the_c
     experiment = load_experiment(write(settings), overrides)
     assert experiment.losses["kl"].weight == overrides["losses.kl.weight"]
     assert experiment.losses["kl"].arguments() == {"temperature": cosine}
+
+
+def test_a_ratio_does_not_reach_the_teacher_and_excludes_pseudo_labels(write):
+    pool = {"dataset": "somewhere", "unlabeled": "pool"}
+    settings = MINIMAL | {"data": pool, "training": {"unlabeled_ratio": 0.5}}
+    experiment = load_experiment(write(settings))
+    assert experiment.training.unlabeled_ratio == 0.5
+    assert experiment.teacher_training().unlabeled_ratio is None
+    with pytest.raises(UsageError, match=r"data\.pseudo_labels leave no row unlabeled for training\.unlabeled_ratio"):
+        load_experiment(write(settings | {"data": pool | {"pseudo_labels": True}}))
+
+
+def test_members_of_an_ensemble_are_the_first_teacher_again_unless_they_name_a_model(write):
+    teacher = {
+        "model": "bert",
+        "revision": "v1",
+        "overrides": {"hidden_dropout_prob": 0.0},
+        "weight": 4,
+        "max_length": 64,
+        "ensemble": [{"seed": 1}, {"model": "roberta", "weight": 2}, {"max_length": 32}],
+    }
+    members = load_experiment(write(MINIMAL | {"teacher": teacher})).teacher.members()
+    assert [m.model for m in members] == ["bert", "bert", "roberta", "bert"]
+    assert [m.revision for m in members] == ["v1", "v1", None, "v1"]
+    assert [m.overrides for m in members] == [{"hidden_dropout_prob": 0.0}] * 2 + [{}, {"hidden_dropout_prob": 0.0}]
+    assert [m.seed for m in members] == [0, 1, 0, 0]
+    assert [m.weight for m in members] == [4, 1, 2, 1]
+    assert [m.max_length for m in members] == [64, 64, None, 32]
+    wrong = teacher | {"ensemble": [{"seed": 1, "sede": 2}, {"model": "a", "config": {"model_type": "bert"}}]}
+    with pytest.raises(UsageError) as caught:
+        load_experiment(write(MINIMAL | {"teacher": wrong}))
+    assert "teacher.ensemble.0.sede: unknown setting" in str(caught.value)
+    assert "teacher.ensemble.1: needs exactly one of model and config" in str(caught.value)

@@ -7,10 +7,9 @@ import json
 import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
-from helpers import make_tokenizer
 
 from distill_nlp.config import DataSection
-from distill_nlp.data import content_hash, load_splits, tokenize
+from distill_nlp.data import content_hash, load_splits
 from distill_nlp.errors import UsageError
 
 ROWS = [("w4 w5", "good"), ("w6", "bad"), ("w7 w8 w9", "good"), ("w10", "bad"), ("w11", "good"), ("w12", "bad")] * 4
@@ -202,15 +201,6 @@ def test_the_hash_of_the_rows_does_not_depend_on_the_file(tmp_path):
     hashes = {content_hash(load_splits(section(tmp_path / kind)).train) for kind in ("csv", "parquet")}
     assert len(hashes) == 1
     assert content_hash(load_splits(section(tmp_path / "csv", seed=1)).train) not in hashes
-
-
-def test_tokenizing_cuts_and_keeps_pairs_apart():
-    rows = Dataset.from_dict({"text": ["w4 w5 w6 w7", "w8"], "text_pair": ["w9", "w10 w11"], "labels": [0, -100]})
-    tokens = tokenize(rows, make_tokenizer(), max_length=6, token_type_ids=True)
-    assert tokens.column_names == ["labels", "input_ids", "token_type_ids", "attention_mask"]
-    assert [len(ids) for ids in tokens["input_ids"]] == [6, 6]
-    assert tokens["token_type_ids"][1] == [0, 0, 0, 1, 1, 1]
-    assert tokens["labels"] == [0, -100]
 
 
 def test_json_with_a_label_of_another_type_in_one_row_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from helpers import make_dataset, make_student, make_teacher, make_tokenizer
 
 from distill_nlp.config import ReportSection
 from distill_nlp.metrics import ClassificationMetrics, compute_metrics
-from distill_nlp.report import build_report, render_markdown, terminal_table, write_report
+from distill_nlp.report import ReportTeacher, build_report, render_markdown, terminal_table, write_report
 from distill_nlp.report.render import verdict
 from distill_nlp.report.statistics import bootstrap_means, gap_closed, interval, mcnemar
 
@@ -90,7 +90,7 @@ def report(tmp_path_factory):
     for name, model in models.items():
         model.save_pretrained(root / name)
     return build_report(
-        teacher=str(root / "teacher"),
+        teachers=[ReportTeacher(str(root / "teacher"), make_dataset(rows=40), make_tokenizer())],
         baselines={s: root / f"baseline{s}" for s in (0, 1)},
         students={s: root / f"student{s}" for s in (0, 1)},
         tokenizer=make_tokenizer(),
@@ -170,7 +170,7 @@ def test_a_teacher_with_permuted_labels_is_read_by_name(tmp_path):
     for name, model in (("teacher", teacher), ("baseline", make_student(seed=10)), ("student", make_student(seed=20))):
         model.save_pretrained(tmp_path / name)
     result = build_report(
-        teacher=str(tmp_path / "teacher"),
+        teachers=[ReportTeacher(str(tmp_path / "teacher"), make_dataset(rows=12), make_tokenizer())],
         baselines={0: tmp_path / "baseline"},
         students={0: tmp_path / "student"},
         tokenizer=make_tokenizer(),

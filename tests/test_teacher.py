@@ -1,20 +1,33 @@
 """The teacher: its labels by name, always in eval, never trained, with the inputs that are its own."""
 
 import copy
+import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import LABELS, label_config, make_batch, make_dataset, make_student, make_teacher, reference_kl, step_logs
+from datasets import Dataset
+from helpers import (
+    LABELS,
+    label_config,
+    make_batch,
+    make_dataset,
+    make_student,
+    make_teacher,
+    make_tokenizer,
+    reference_kl,
+    step_logs,
+)
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import BertConfig
+from transformers import PreTrainedTokenizerFast
 
-from distill_nlp import DistillationObjective, HiddenStateLoss, KLDivergenceLoss
+from distill_nlp import DistillationObjective, HiddenStateLoss, KLDivergenceLoss, PKDLoss, RKDDistanceLoss
 from distill_nlp.losses import ModelShape
-from distill_nlp.teacher import Teacher, label_order
-
-
-def config(labels):
-    return BertConfig(**label_config(labels))
+from distill_nlp.teacher import Teacher
+from distill_nlp.tokenization import tokenize
 
 
 def bound_objective(student, teacher, **losses):
@@ -25,7 +38,7 @@ def bound_objective(student, teacher, **losses):
 
 def wrap(teacher, student=None, **losses):
     student = student or make_student()
-    return Teacher(teacher, student.config, bound_objective(student, teacher, **losses))
+    return Teacher(teacher).bind(student.config, bound_objective(student, teacher, **losses))
 
 
 def permuted(teacher, order):
@@ -40,54 +53,6 @@ def permuted(teacher, order):
 
 
 # ---- labels ----
-
-
-@pytest.mark.parametrize(
-    ("teacher", "student", "order"),
-    [
-        (["a", "b", "c"], ["a", "b", "c"], None),
-        (["a", "b", "c"], ["c", "a", "b"], [2, 0, 1]),
-        (["POSITIVE", "NEGATIVE"], ["negative", "positive"], [1, 0]),
-        (["very-good", "so so"], ["So_So", "very_good"], [1, 0]),
-        # A sign is a separator only where nothing else tells the labels apart.
-        (["-1", "0", "1"], ["-1", "0", "1"], None),
-        (["1", "0", "-1"], ["-1", "0", "1"], [2, 1, 0]),
-        (["A-", "A"], ["A", "A-"], [1, 0]),
-        # Digits are names too where both have the same ones in another order.
-        (["1", "0"], ["0", "1"], [1, 0]),
-        (["5", "4", "3"], ["3", "4", "5"], [2, 1, 0]),
-        (["LABEL_1", "LABEL_0"], ["LABEL_0", "LABEL_1"], [1, 0]),
-        # Anonymous ones are taken as they stand.
-        (["LABEL_0", "LABEL_1"], ["negative", "positive"], None),
-        (["negative", "positive"], ["LABEL_0", "LABEL_1"], None),
-        (["0", "1"], ["LABEL_0", "LABEL_1"], None),
-        (["same", "same"], ["same", "same"], None),
-    ],
-)
-def test_labels_are_matched_by_name(teacher, student, order):
-    assert label_order(config(teacher), config(student)) == order
-
-
-@pytest.mark.parametrize(
-    ("teacher", "student"),
-    [
-        (["good", "bad"], ["positive", "negative"]),
-        (["a", "b", "c"], ["a", "b", "d"]),
-        # Alike without signs and case, so that nobody can say which is which.
-        (["-1", "+1", "0"], ["- 1", "+ 1", "1"]),
-        (["US", "us"], ["Us", "uS"]),
-    ],
-)
-def test_other_names_are_refused_with_both_lists(teacher, student):
-    with pytest.raises(ValueError, match="do not match by name; rename id2label") as error:
-        label_order(config(teacher), config(student))
-    assert str(teacher) in str(error.value)
-    assert str(student) in str(error.value)
-
-
-def test_another_number_of_labels_is_refused_with_both_lists():
-    with pytest.raises(ValueError, match=r"the teacher has 2 labels \['a', 'b'\], the student 3 \['a', 'b', 'c'\]"):
-        label_order(config(["a", "b"]), config(["a", "b", "c"]))
 
 
 def test_logits_of_a_permuted_teacher_are_brought_into_the_students_order():
@@ -192,6 +157,195 @@ def test_a_teacher_that_takes_anything_gets_everything_but_the_labels():
 
     student = make_student()
     model = Anything()
-    teacher = Teacher(model, student.config, bound_objective(student, model))
+    teacher = Teacher(model).bind(student.config, bound_objective(student, model))
     assert teacher(make_batch()).logits.shape == (4, 3)
     assert model.seen == {"input_ids", "attention_mask", "token_type_ids"}
+
+
+# ---- bit for bit the same after training ----
+
+
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2, "weight_decay": 0.1}])
+def test_the_teacher_is_bit_identical_after_training_and_in_no_optimizer_or_checkpoint(make_trainer, tmp_path, changes):
+    """Also its buffers, which a pass in train mode could move, as running statistics do."""
+    teacher = make_teacher(dropout=0.3)
+    teacher.classifier = nn.Sequential(nn.BatchNorm1d(32), teacher.classifier)
+    teacher.train()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    assert any("running_mean" in name for name in before)
+    trainer = make_trainer(teacher=teacher, save_strategy="steps", save_steps=2, **changes)
+    trainer.train()
+    after = teacher.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimized.isdisjoint(map(id, teacher.parameters()))
+    shapes = {tuple(tensor.shape) for tensor in before.values() if tensor.dim() == 2 and tensor.shape[1] == 32}
+    (checkpoint, *_) = Path(trainer.args.output_dir).glob("checkpoint-*")
+    saved = {}
+    for file in checkpoint.glob("*.safetensors"):
+        saved |= load_file(file)
+    assert saved
+    assert not any("running_mean" in name for name in saved)
+    teachers_embeddings = (100, 32)
+    assert teachers_embeddings in shapes
+    assert teachers_embeddings not in {tuple(tensor.shape) for tensor in saved.values()}
+
+
+# ---- tokens of its own ----
+
+
+OTHER_VOCAB = 60
+
+
+def other_tokenizer():
+    """The words of the student's tokenizer by other numbers, many of them in no entry; padding on the left."""
+    tokenizer = make_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = {"[UNK]": 0, "[SEP]": 1, "[CLS]": 2, "[PAD]": 3} | {f"w{99 - i}": 4 + i for i in range(OTHER_VOCAB - 4)}
+    backend["model"]["vocab"] = vocab
+    backend["added_tokens"] = []
+    for name, entry in backend["post_processor"]["special_tokens"].items():
+        entry["ids"] = [vocab[name]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        padding_side="left",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def two_token_rows(rows=16, student_length=8, teacher_length=20):
+    """The same texts as both tokenizers read them, cut at different lengths."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in rng.integers(4, 100, size=int(rng.integers(3, 18)))) for _ in range(rows)]
+    data = Dataset.from_dict({"text": texts, "labels": rng.integers(0, 3, size=rows).tolist()})
+    data = tokenize(data, other_tokenizer(), teacher_length, prefix="teacher_", keep_texts=True)
+    return tokenize(data, make_tokenizer(), student_length), texts
+
+
+def own_teacher(**settings):
+    return Teacher(make_teacher(vocab_size=OTHER_VOCAB, pad_token_id=3), other_tokenizer(), **settings)
+
+
+def test_a_teacher_with_a_tokenizer_of_its_own_reads_its_own_tokens(make_trainer):
+    data, texts = two_token_rows(4)
+    student, teacher = make_student(dropout=0.0), own_teacher()
+    tokenizer = other_tokenizer()
+    encoded = tokenizer(texts, truncation=True, max_length=20, padding=True, return_tensors="pt")
+    own = make_tokenizer()(texts, truncation=True, max_length=8, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = teacher.model(**encoded).logits
+        before = student.eval()(input_ids=own["input_ids"], attention_mask=own["attention_mask"]).logits
+    trainer = make_trainer(
+        student=student, teacher=teacher, losses={"kl": KLDivergenceLoss(2.0)}, data=data, max_steps=1
+    )
+    trainer.train()
+    (entry,) = step_logs(trainer)
+    assert entry["loss_kl"] == pytest.approx(reference_kl(before, expected, 2.0), rel=1e-4)
+
+
+def test_losses_that_compare_tokens_are_refused_by_name_across_tokenizers(make_trainer):
+    data, _ = two_token_rows()
+    with pytest.raises(ValueError, match="losses hidden, attention compare token by token, but the teacher reads"):
+        make_trainer(teacher=own_teacher(), data=data)
+
+
+@pytest.mark.parametrize("representation", ["first", "mean"])
+def test_relations_between_examples_serve_across_tokenizers(make_trainer, representation):
+    """The teacher's vectors are pooled with its own mask, which is padded on the other side."""
+    data, texts = two_token_rows(4)
+    student, teacher = make_student(dropout=0.0), own_teacher()
+    loss = RKDDistanceLoss(layers=[[2, 4]], representation=representation)
+    states = []
+    with torch.no_grad():
+        encoded = other_tokenizer()(texts, truncation=True, max_length=20, padding=True, return_tensors="pt")
+        assert not encoded["attention_mask"][:, 0].all()
+        found = teacher.model(**encoded, output_hidden_states=True).hidden_states[4]
+        for state, real in zip(found, encoded["attention_mask"].bool(), strict=True):
+            states.append(state[real][0] if representation == "first" else state[real].mean(0))
+        own = make_tokenizer()(texts, truncation=True, max_length=8, padding=True, return_tensors="pt")
+        inputs = {name: own[name] for name in ("input_ids", "attention_mask")}
+        hidden = student.eval()(**inputs, output_hidden_states=True).hidden_states[2]
+        mask = own["attention_mask"][..., None]
+        mine = hidden[:, 0] if representation == "first" else (hidden * mask).sum(1) / mask.sum(1)
+    expected = loss._relations(mine, torch.stack(states)).item()
+    trainer = make_trainer(
+        student=student, teacher=teacher, losses={"rkd": loss, "pkd": PKDLoss(layers=[[2, 4]])}, data=data, max_steps=1
+    )
+    trainer.train()
+    (entry,) = step_logs(trainer)
+    assert entry["loss_rkd"] == pytest.approx(expected, rel=1e-4)
+    assert entry["loss_pkd"] > 0
+
+
+def test_evaluation_needs_no_tokens_of_the_teachers(make_trainer):
+    data, _ = two_token_rows()
+    trainer = make_trainer(
+        teacher=own_teacher(), losses={"kl": KLDivergenceLoss()}, data=data, eval_dataset=make_dataset(6)
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    both = trainer.predict(data).predictions
+    alone = trainer.predict(data.remove_columns([n for n in data.column_names if n.startswith("teacher_")])).predictions
+    assert np.array_equal(both, alone)
+
+
+def test_data_without_the_teachers_tokens_are_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"the teacher reads the column teacher_input_ids, .* prefix=\"teacher_\""):
+        make_trainer(teacher=own_teacher(), losses={"kl": KLDivergenceLoss()})
+
+
+def test_a_prefix_begins_with_that_of_teachers():
+    with pytest.raises(ValueError, match="prefix must begin with \"teacher_\", got 'other_'"):
+        Teacher(make_teacher(), prefix="other_")
+
+
+def test_a_student_that_takes_anything_gets_none_of_the_teachers_columns(make_trainer):
+    class Anything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = make_student().config
+            self.inner = make_student(dropout=0.0)
+            self.seen = set()
+
+        def forward(self, **inputs):
+            self.seen |= set(inputs)
+            return self.inner(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+    student, (data, _) = Anything(), two_token_rows()
+    trainer = make_trainer(student=student, teacher=own_teacher(), losses={"kl": KLDivergenceLoss()}, data=data)
+    trainer.train()
+    trainer.predict(data)
+    assert student.seen == {"input_ids", "attention_mask", "token_type_ids"}
+
+
+# ---- more labels than the student's ----
+
+
+def test_a_teacher_of_more_labels_is_restricted_and_renormalized(make_trainer):
+    """The KL is that to the softmax over the student's labels alone."""
+    data = make_dataset(4)
+    more = make_teacher(**label_config(["other", "positive", "negative", "mixed", "neutral"]))
+    student = make_student(dropout=0.0)
+    with pytest.raises(ValueError, match="restrict_labels"):
+        make_trainer(teacher=more, losses={"kl": KLDivergenceLoss()}, data=data)
+    batch = make_batch(data)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        before = student.eval()(**inputs).logits
+        answers = more(**inputs, token_type_ids=batch["token_type_ids"]).logits[:, [2, 4, 1]]
+    trainer = make_trainer(
+        student=student,
+        teacher=Teacher(more, restrict_labels=True),
+        losses={"kl": KLDivergenceLoss(2.0)},
+        data=data,
+        max_steps=1,
+    )
+    trainer.train()
+    (entry,) = step_logs(trainer)
+    assert entry["loss_kl"] == pytest.approx(reference_kl(before, answers, 2.0), rel=1e-4)

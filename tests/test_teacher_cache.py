@@ -12,8 +12,9 @@ from pathlib import Path
 import cache_run
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
-from cache_run import counted
+from cache_run import cached, counted
 from datasets import Dataset, concatenate_datasets
 from helpers import (
     LABELS,
@@ -38,13 +39,15 @@ from distill_nlp import (
     DistillationObjective,
     HiddenStateLoss,
     KLDivergenceLoss,
-    cache_filling,
     cache_teacher_logits,
+    teacher_filling,
+    teacher_source,
 )
 from distill_nlp.cache_filling import TeacherSource
+from distill_nlp.cache_rows import row_keys
 from distill_nlp.errors import UsageError
 from distill_nlp.losses import ModelShape
-from distill_nlp.teacher_cache import LogitsCache, row_keys, weights_hash
+from distill_nlp.teacher_cache import AnswerCache, weights_hash
 
 TESTS = Path(__file__).parent
 
@@ -409,7 +412,7 @@ def test_a_teacher_in_memory_and_its_checkpoint_have_one_identity(tmp_path, monk
     teacher = make()
     teacher.save_pretrained(tmp_path, **settings)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or not settings
-    monkeypatch.setattr(cache_filling, "load_classifier", _not_to_be_called)
+    monkeypatch.setattr(teacher_source, "load_classifier", _not_to_be_called)
     assert identity(tmp_path) == identity(teacher)
 
 
@@ -432,7 +435,7 @@ def test_a_checkpoint_without_safetensors_is_loaded_and_looked_at(tmp_path):
 def test_a_missing_part_of_a_checkpoint_is_not_taken_for_the_whole(tmp_path):
     make_teacher().save_pretrained(tmp_path, max_shard_size="10KB")
     sorted(tmp_path.glob("model-*.safetensors"))[0].unlink()
-    assert cache_filling.weight_files(str(tmp_path)) is None
+    assert teacher_source.weight_files(str(tmp_path)) is None
     with pytest.raises(UsageError, match="does not hold what is needed"):
         identity(tmp_path)
 
@@ -464,7 +467,7 @@ def _not_to_be_called(*args, **kwargs):
 def test_a_full_cache_does_not_load_the_teacher(fill, tmp_path, monkeypatch):
     make_teacher().save_pretrained(tmp_path / "teacher")
     fill(make_teacher())
-    monkeypatch.setattr(cache_filling, "load_classifier", _not_to_be_called)
+    monkeypatch.setattr(teacher_source, "load_classifier", _not_to_be_called)
     rows = fill(str(tmp_path / "teacher"))
     assert "100.0% there" in fill.lines[0]
     assert_logits(rows)
@@ -495,7 +498,7 @@ def interrupt_after(calls, error=KeyboardInterrupt):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("shard_rows", [4, 8192])
 def test_an_interrupted_fill_goes_on_where_it_was(fill, folder, monkeypatch, error, shard_rows):
-    monkeypatch.setattr(cache_filling, "SHARD_ROWS", shard_rows)
+    monkeypatch.setattr(teacher_filling, "SHARD_ROWS", shard_rows)
     teacher, _ = interrupt_after(5, error)
     with pytest.raises(error):
         fill(teacher, batch_size=2)
@@ -511,8 +514,8 @@ def test_an_interrupted_fill_goes_on_where_it_was(fill, folder, monkeypatch, err
 
 def test_a_killed_fill_loses_no_more_than_a_shard(fill, folder, monkeypatch):
     """Nothing runs after a kill: the write at the end does not come."""
-    monkeypatch.setattr(cache_filling, "SHARD_ROWS", 4)
-    write, count = LogitsCache.add, []
+    monkeypatch.setattr(teacher_filling, "SHARD_ROWS", 4)
+    write, count = AnswerCache.add, []
 
     def add(*args, **kwargs):
         count.append(1)
@@ -520,20 +523,20 @@ def test_a_killed_fill_loses_no_more_than_a_shard(fill, folder, monkeypatch):
             raise KeyboardInterrupt
         write(*args, **kwargs)
 
-    monkeypatch.setattr(LogitsCache, "add", add)
+    monkeypatch.setattr(AnswerCache, "add", add)
     with pytest.raises(KeyboardInterrupt):
         fill(batch_size=2)
-    monkeypatch.setattr(LogitsCache, "add", write)
+    monkeypatch.setattr(AnswerCache, "add", write)
     teacher, seen = counted(make_teacher())
     assert_logits(fill(teacher))
     assert len(seen) == 16 - 8
 
 
 def test_a_slow_fill_writes_shards_by_time(fill, folder, monkeypatch):
-    monkeypatch.setattr(cache_filling, "SHARD_SECONDS", -1.0)
+    monkeypatch.setattr(teacher_filling, "SHARD_SECONDS", -1.0)
     fill(batch_size=4)
     assert len(list(folder.glob("*/shard-*"))) == 4
-    monkeypatch.setattr(cache_filling, "SHARD_SECONDS", 1e9)
+    monkeypatch.setattr(teacher_filling, "SHARD_SECONDS", 1e9)
     fill(data=make_dataset(30, seed=2), batch_size=4)
     assert len(list(folder.glob("*/shard-*"))) == 5
 
@@ -586,7 +589,7 @@ def test_a_shard_that_another_process_takes_away_is_computed_again(fill, folder,
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", gone)
-    cache = LogitsCache(folder, identity(make_teacher()))
+    cache = AnswerCache(folder, identity(make_teacher()))
     cache.read()
     assert len(cache) == 0
     assert not shard.exists()
@@ -598,7 +601,7 @@ def test_two_that_find_the_same_damage_do_not_trip_over_each_other(fill, folder,
     fill()
     shard = only_shard(folder)
     flip(shard)
-    cache = LogitsCache(folder, identity(make_teacher()))
+    cache = AnswerCache(folder, identity(make_teacher()))
     cache._set_aside(shard)
     cache._set_aside(shard)
     assert len(caplog.records) == 1
@@ -623,7 +626,7 @@ def test_what_others_add_meanwhile_is_seen_and_nothing_is_lost(fill, folder):
 
 def test_rows_added_are_found_after_the_next_read(folder):
     logits = np.arange(6, dtype=np.float32).reshape(2, 3)
-    one, other = (LogitsCache(folder, identity(make_teacher())) for _ in range(2))
+    one, other = (AnswerCache(folder, identity(make_teacher())) for _ in range(2))
     one.add([b"a" * 16, b"\0" * 16], logits)
     one.add([b"b" * 16], logits[:1] + 10, rank=1)
     assert len(one) == 0
@@ -632,11 +635,11 @@ def test_rows_added_are_found_after_the_next_read(folder):
         assert len(cache) == 3
         assert b"\0" * 16 in cache
         assert b"c" * 16 not in cache
-        found = cache.logits_of([b"b" * 16, b"\0" * 16, b"b" * 16])
+        found = cache.values_of([b"b" * 16, b"\0" * 16, b"b" * 16])
         assert found.tolist() == [[10, 11, 12], [3, 4, 5], [10, 11, 12]]
         assert found.dtype == np.float32
     with pytest.raises(KeyError):
-        one.logits_of([b"c" * 16])
+        one.values_of([b"c" * 16])
     names = sorted(path.name for path in one.shards())
     assert [name[:12] for name in names] == ["shard-00000-", "shard-00001-"]
     assert one.size() == sum(path.stat().st_size for path in one.folder.iterdir())
@@ -645,17 +648,17 @@ def test_rows_added_are_found_after_the_next_read(folder):
 
 
 def test_a_shard_is_read_once(folder, monkeypatch):
-    cache, read, names = LogitsCache(folder, identity(make_teacher())), Path.read_bytes, []
+    cache, read, names = AnswerCache(folder, identity(make_teacher())), Path.read_bytes, []
     monkeypatch.setattr(Path, "read_bytes", lambda path: names.append(path.name) or read(path))
     for i in range(3):
         cache.add([bytes([i] * 16)], np.full((1, 3), i, dtype=np.float32))
         cache.read()
     assert len(cache) == len(names) == len(set(names)) == 3
-    assert cache.logits_of([bytes([1] * 16)]).tolist() == [[1, 1, 1]]
+    assert cache.values_of([bytes([1] * 16)]).tolist() == [[1, 1, 1]]
 
 
 def test_a_write_that_fails_leaves_nothing(folder, monkeypatch):
-    cache = LogitsCache(folder, identity(make_teacher()))
+    cache = AnswerCache(folder, identity(make_teacher()))
     monkeypatch.setattr(os, "replace", _not_to_be_called)
     with pytest.raises(AssertionError):
         cache.add([b"a" * 16], np.zeros((1, 3), dtype=np.float32))
@@ -667,8 +670,38 @@ def test_a_shard_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: events.append("sync") or sync(number))
     monkeypatch.setattr(os, "replace", lambda *names: events.append("rename") or replace(*names))
-    LogitsCache(folder, identity(make_teacher())).add([b"a" * 16], np.zeros((1, 3), dtype=np.float32))
+    AnswerCache(folder, identity(make_teacher())).add([b"a" * 16], np.zeros((1, 3), dtype=np.float32))
     assert events == ["sync", "rename"]
+
+
+def test_a_folder_is_known_by_a_hash_of_the_teacher_and_its_shards_by_their_names(fill, folder):
+    """Written out: what earlier versions and other machines have put there is served."""
+    teacher, data = make_teacher(), make_dataset(6)
+    fill(teacher, data)
+    name = hashlib.blake2b(json.dumps(identity(teacher), sort_keys=True).encode(), digest_size=16).hexdigest()
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert sorted(identity(teacher)) == [
+        "class",
+        "config",
+        "format",
+        "labels",
+        "mixed_precision",
+        "problem_type",
+        "weights",
+    ]
+    shard = safetensors.numpy.load_file(only_shard(folder))
+    assert {name: (array.dtype, array.shape) for name, array in shard.items()} == {
+        "keys": (np.uint8, (6, 16)),
+        "logits": (np.float32, (6, 3)),
+    }
+    content = safetensors.numpy.save({"keys": shard["keys"], "logits": shard["logits"] + 1})
+    only_shard(folder).unlink()
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    (folder / name / f"shard-00003-{digest}.safetensors").write_bytes(content)
+    teacher, seen = counted(teacher)
+    rows = fill(teacher, data)
+    assert seen == []
+    np.testing.assert_allclose(rows["teacher_logits"][:], np.array(reference_logits(teacher, data)) + 1, atol=2e-5)
 
 
 def test_half_written_files_are_not_read(fill, folder):
@@ -703,7 +736,7 @@ def test_the_manifest_says_what_the_folder_holds(fill, folder, tmp_path):
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.34e6, "2.3 MB"), (5e12, "5000.0 GB")]
 )
 def test_sizes_are_for_people(count, text):
-    assert cache_filling._bytes(count) == text
+    assert teacher_filling._bytes(count) == text
 
 
 # ---- what is refused ----
@@ -712,6 +745,8 @@ def test_sizes_are_for_people(count, text):
 def test_data_without_token_ids_are_refused(fill):
     with pytest.raises(ValueError, match=r"no token ids \(input_ids\) in the data, only text, labels"):
         fill(data=Dataset.from_dict({"text": ["a"], "labels": [0]}))
+    with pytest.raises(ValueError, match="or the folder or Hub id of one, got CachedTeacher"):
+        fill(CachedTeacher(make_teacher().config))
     with pytest.raises(ValueError, match="beside the rows of a datasets.Dataset, got list; .*from_list"):
         fill(data=make_dataset().to_list())
     with pytest.raises(ValueError, match="column input_ids must hold lists of whole numbers, got .*double"):
@@ -794,7 +829,7 @@ def test_one_stand_in_serves_students_of_several_orders():
 
 def test_losses_of_layers_are_refused_by_name():
     losses = [("kl", KLDivergenceLoss()), ("inner", HiddenStateLoss())]
-    with pytest.raises(ValueError, match="^losses inner read the teacher's layers, and only its logits are cached"):
+    with pytest.raises(ValueError, match="^losses inner read the teacher's layers token by token, and these are not"):
         bound(*losses)
 
 
@@ -1026,6 +1061,45 @@ def test_ranks_without_a_common_disk_each_end_with_all_rows(ranks):
     for result in (one, other):
         assert sorted(result["seen_apart"]) == sorted(make_dataset(cache_run.ROWS)["input_ids"])
         np.testing.assert_allclose(result["logits_apart"], result["logits"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_states_once_and_both_see_all(ranks, tmp_path):
+    (one, other), folder = ranks
+    data = make_dataset(cache_run.ROWS)
+    alone, _ = cached(tmp_path, data=data, states=cache_run.STATES)
+    for seen in ("seen_for_states", "seen_rounded"):
+        assert sorted(one[seen] + other[seen]) == sorted(data["input_ids"])
+        assert abs(len(one[seen]) - len(other[seen])) <= 3
+    for name in cache_run.COLUMNS:
+        assert one["states"][name] == other["states"][name]
+        np.testing.assert_allclose(one["states"][name], alone[name][:], rtol=0, atol=2e-5)
+        assert one["rounded"][name] == other["rounded"][name]
+        np.testing.assert_allclose(one["rounded"][name], alone[name][:], rtol=2**-8, atol=2e-5)
+        assert not np.allclose(one["rounded"][name], alone[name][:], rtol=2**-12, atol=2e-5)
+    assert one["states"]["teacher_logits"] == one["logits"]
+    # Both ranks' rounding, though each knows only its own.
+    for path in (folder / "rounded").glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        name = f"teacher_{manifest.get('output', 'logits')}"
+        error = np.abs(np.array(one["rounded"][name]) - np.array(one["states"][name])).max()
+        assert manifest["largest_error"] == pytest.approx(error, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_ranks_fill_the_caches_of_an_ensemble(ranks, tmp_path):
+    (one, other), _ = ranks
+    data = make_dataset(cache_run.ROWS)
+    # The first member's logits are there from before.
+    assert one["seen_by_members"][0] == other["seen_by_members"][0] == []
+    second = [result["seen_by_members"][1] for result in (one, other)]
+    assert sorted(second[0] + second[1]) == sorted(data["input_ids"])
+    assert abs(len(second[0]) - len(second[1])) <= 3
+    assert one["logits_ensemble"] == other["logits_ensemble"]
+    alone, _, _ = cache_run.fill_ensemble(tmp_path)
+    np.testing.assert_allclose(one["logits_ensemble"], alone["teacher_logits"][:], rtol=0, atol=2e-5)
+    assert len(one["lines"]) == 2
+    assert other["lines"] == []
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def norms_by_hand(rows):
     losses = {name: loss for name, loss in all_losses().items() if name != "hidden"}
     model = DistillationModel(student, DistillationObjective(losses), teacher.config).train()
     batch = make_batch(rows=rows)
-    output = model(teacher=Teacher(teacher, student.config, model.objective)(batch), keep_graph=True, **batch)
+    output = model(teacher=Teacher(teacher).bind(student.config, model.objective)(batch), keep_graph=True, **batch)
     return {name: norm.item() for name, norm in gradient_norms(output.terms, list(student.parameters())).items()}
 
 

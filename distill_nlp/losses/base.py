@@ -63,12 +63,15 @@ class DistillationLoss(nn.Module):
         needs_teacher: False for a loss of the student and the labels alone.
         tasks: the kinds of task that it is defined for; `bind` refuses others.
         hidden_state_pairs: (student layer, teacher layer) whose hidden states it reads; set by `bind`.
+        pooling: "first" or "mean" where it reads no more of hidden states than `pooled` gives: then the teacher may
+            have read other tokens, or be cached. None: it compares token by token.
         attention_pairs: likewise for queries, keys and values.
     """
 
     unit: Literal["rows", "labeled_rows"] = "rows"
     needs_teacher: bool = True
     tasks: tuple[ProblemType, ...] = TASKS
+    pooling: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,6 +172,35 @@ def first_token(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     if mask is None:
         return states[:, 0]
     return states[torch.arange(len(states), device=states.device), mask.long().argmax(dim=1)]
+
+
+def mean_token(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean state of each row's real tokens, in at least float32: (B, S, H) -> (B, H)."""
+    return mean_over_tokens(upcast(states), None if mask is None else mask[..., None])
+
+
+POOLINGS = {"first": first_token, "mean": mean_token}
+"""What stands for a text: the state of its first real token, or the mean over its real tokens."""
+
+
+def pooled(
+    loss: DistillationLoss, student: Features, teacher: Features, pair: tuple[int, int], mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One vector per row, of a pair of layers: `(B, H_student)`, and detached `(B, H_teacher)`, at least float32.
+
+    Raises:
+        ValueError: the two models answered different rows, or saw different tokens where the teacher's are not pooled.
+    """
+    pool = POOLINGS[loss.pooling]
+    x = upcast(pool(student.hidden_states[pair[0]], mask))
+    target = teacher.pooled.get((pair[1], loss.pooling))
+    if target is None:
+        states = teacher.hidden_states[pair[1]]
+        check_same_tokens(loss, student.hidden_states[pair[0]].shape, states.shape, dim=1)
+        target = pool(states, mask)
+    if len(x) != len(target):
+        raise ValueError(f"the student answered {len(x)} rows, the teacher {len(target)}")
+    return x, upcast(target.detach())
 
 
 def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,7 @@ from distill_nlp.losses.base import (
     DistillationLoss,
     ModelShape,
     check_choice,
-    check_same_tokens,
-    first_token,
-    mean_over_tokens,
+    pooled,
     upcast,
 )
 from distill_nlp.outputs import Features
@@ -45,6 +43,7 @@ class ExampleRelationLoss(DistillationLoss):
         check_layers(layers)
         self.layers = layers
         self.representation = check_choice("representation", representation, REPRESENTATIONS)
+        self.pooling = None if representation == "logits" else representation
 
     def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
         super().bind(student, teacher)
@@ -66,14 +65,8 @@ class ExampleRelationLoss(DistillationLoss):
         """Per pair of layers `(B, H_student)` and `(B, H_teacher)` in at least float32, the teacher's detached."""
         if self.representation == "logits":
             yield upcast(student.logits), upcast(teacher.logits.detach())
-        for student_layer, teacher_layer in self.hidden_state_pairs:
-            states = student.hidden_states[student_layer], teacher.hidden_states[teacher_layer].detach()
-            check_same_tokens(self, states[0].shape, states[1].shape, dim=1)
-            if self.representation == "first":
-                x, target = (upcast(first_token(s, mask)) for s in states)
-            else:
-                x, target = (_mean_of_tokens(upcast(s), mask) for s in states)
-            yield x, target
+        for pair in self.hidden_state_pairs:
+            yield pooled(self, student, teacher, pair, mask)
 
     def _relations(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must implement _relations")
@@ -81,11 +74,6 @@ class ExampleRelationLoss(DistillationLoss):
     def describe(self) -> str:
         pairs = format_pairs(self.hidden_state_pairs)
         return f"{self.representation}, {pairs}" if pairs else self.representation
-
-
-def _mean_of_tokens(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, S, H) -> (B, H)."""
-    return mean_over_tokens(states, None if mask is None else mask[..., None])
 
 
 class RKDDistanceLoss(ExampleRelationLoss):

@@ -13,8 +13,8 @@ from distill_nlp.losses.base import (
     ModelShape,
     check_choice,
     check_same_tokens,
-    first_token,
     mean_over_tokens,
+    pooled,
     upcast,
 )
 from distill_nlp.losses.projections import PROJECTIONS, LeastSquares, Projections
@@ -174,10 +174,20 @@ class PKDLoss(ProjectedLoss):
         >>> loss = PKDLoss(layers="every_2")
     """
 
+    pooling = "first"
+
+    def fit(self, fit: LeastSquares, student: Features, teacher: Features, attention_mask: torch.Tensor | None) -> None:
+        """Takes one batch into the fit: all its real tokens, as they lie alike; the first of each row without them."""
+        if not teacher.pooled:
+            return super().fit(fit, student, teacher, attention_mask)
+        for i, pair in enumerate(self.hidden_state_pairs):
+            fit.add(i, *pooled(self, student, teacher, pair, attention_mask))
+        return None
+
     def forward(self, student: Features, teacher: Features, labels, attention_mask):
         total = 0.0
-        for i, (x, target) in enumerate(self._states(student, teacher)):
-            x, target = (first_token(states, attention_mask) for states in (x, target))
+        for i, pair in enumerate(self.hidden_state_pairs):
+            x, target = pooled(self, student, teacher, pair, attention_mask)
             x = self.projections.project(i, x)
             total = total + (F.normalize(x, dim=-1) - F.normalize(target, dim=-1)).square().sum(dim=-1).mean()
         return total / len(self.hidden_state_pairs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +14,61 @@ import torch
 from torch import nn
 
 from distill_nlp.config import ReportSection
+from distill_nlp.ensemble import mean_logits
 from distill_nlp.inference import predict_logits
-from distill_nlp.loading import load_classifier
+from distill_nlp.labels import label_order
+from distill_nlp.loading import load_classifier, load_config
+from distill_nlp.losses import ModelShape
 from distill_nlp.metrics import ClassificationMetrics
-from distill_nlp.report.speed import measure_speed
+from distill_nlp.report.speed import Run, measure_speed
 from distill_nlp.report.statistics import bootstrap_means, gap_closed, interval, mcnemar
-from distill_nlp.teacher import label_order
 
 SCHEMA_VERSION = 1
 LOGITS = "logits"
 
 
+@dataclass
+class ReportTeacher:
+    """The teacher, or one of an ensemble.
+
+    Args:
+        path: Hub id or folder of the fine-tuned model.
+        test: the test rows as it reads them, tokenized.
+        tokenizer: that pads them.
+        revision: on the Hub.
+        weight: in the ensemble's mean.
+        restrict_labels: keep only the student's labels.
+    """
+
+    path: str
+    test: Any
+    tokenizer: Any
+    revision: str | None = None
+    weight: float = 1.0
+    restrict_labels: bool = False
+
+
 def build_report(
-    teacher: str,
+    teachers: Sequence[ReportTeacher],
     baselines: Mapping[int, Path],
     students: Mapping[int, Path],
     tokenizer: Any,
     test: Any,
     label_names: list[str],
     settings: ReportSection,
+    mean: str = "probabilities",
     device: Any = "cpu",
-    teacher_revision: str | None = None,
 ) -> dict[str, Any]:
     """Runs every model over the test rows, once, and compares.
 
     Args:
-        teacher: Hub id or folder of the fine-tuned teacher.
+        teachers: the teacher, or all of an ensemble, which is then compared as one.
         baselines, students: seed -> folder, the same seeds in both.
-        tokenizer: of all models.
-        test: tokenized rows with `labels`.
+        tokenizer: of the baselines and the students.
+        test: tokenized rows with `labels`, as these read them.
         label_names: names of the classes, by index.
         settings: what to measure.
+        mean: that an ensemble takes, "probabilities" or "logits".
         device: where to run.
 
     Returns:
@@ -51,22 +76,39 @@ def build_report(
     """
     rows = test.to_list()
     labels = np.array([row["labels"] for row in rows])
-    teacher_model = load_classifier(teacher, teacher_revision).to(device)
-    logits = {"teacher": predict_logits(teacher_model, tokenizer, rows, description="Evaluating teacher")}
-    first_student = load_classifier(str(next(iter(students.values()))))
-    order = label_order(teacher_model.config, first_student.config)
-    if order is not None:
-        logits["teacher"] = logits["teacher"][:, order]
+    student_config = load_config(str(next(iter(students.values()))))
+    runs, answers = [], []
+    for i, teacher in enumerate(teachers):
+        which = f" {i + 1} of {len(teachers)}" if len(teachers) > 1 else ""
+        model = load_classifier(teacher.path, teacher.revision).to(device)
+        runs.append(Run(model, teacher.tokenizer, teacher.test.to_list()))
+        found = predict_logits(model, teacher.tokenizer, runs[-1].rows, description=f"Evaluating teacher{which}")
+        order = label_order(model.config, student_config, teacher.restrict_labels)
+        answers.append(found if order is None else found[:, order])
+    logits = {"teacher": answers[0] if len(answers) == 1 else _mean(answers, teachers, mean, student_config)}
     for kind, folders in (("baseline", baselines), ("student", students)):
         for seed, folder in folders.items():
             model = load_classifier(str(folder)).to(device)
             name = f"{kind} seed {seed}"
             logits[f"{kind}/{seed}"] = predict_logits(model, tokenizer, rows, description=f"Evaluating {name}")
 
+    sizes = [_size(run.model, teacher.path) for run, teacher in zip(runs, teachers, strict=True)]
     models: dict[str, Any] = {
-        "teacher": {"path": str(teacher), **_scores(logits["teacher"], labels), **_size(teacher_model, teacher)}
+        "teacher": {
+            "path": str(teachers[0].path),
+            **_scores(logits["teacher"], labels),
+            **{key: round(sum(size[key] for size in sizes), 2) for key in sizes[0]},
+        }
     }
-    speed_models = {"teacher": teacher_model}
+    if len(teachers) > 1:
+        models["teacher"] |= {
+            "ensemble": [
+                {"path": str(t.path), "weight": t.weight, **_scores(found, labels)}
+                for t, found in zip(teachers, answers, strict=True)
+            ],
+            "mean": mean,
+        }
+    timed = {"teacher": runs}
     for kind, folders in (("baseline", baselines), ("student", students)):
         seeds = {
             str(seed): {
@@ -77,10 +119,10 @@ def build_report(
             for seed, folder in folders.items()
         }
         model = load_classifier(str(next(iter(folders.values()))))
-        speed_models[kind] = model
+        timed[kind] = [Run(model, tokenizer, rows)]
         summary = {key: _mean_sd([s[key] for s in seeds.values()]) for key in ("accuracy", "f1_macro", "agreement")}
         models[kind] = {"seeds": seeds, **summary, **_size(model, next(iter(folders.values())))}
-    for name, speed in measure_speed(speed_models, tokenizer, rows, settings, device).items():
+    for name, speed in measure_speed(timed, settings, device).items():
         models[name] |= speed
 
     return {
@@ -92,6 +134,13 @@ def build_report(
         "machine": machine(device),
         LOGITS: {**logits, "labels": labels},
     }
+
+
+def _mean(answers: list[np.ndarray], teachers: Sequence[ReportTeacher], mean: str, config: Any) -> np.ndarray:
+    total = sum(teacher.weight for teacher in teachers)
+    shares = [teacher.weight / total for teacher in teachers]
+    problem_type = ModelShape.from_config(config).problem_type
+    return mean_logits([torch.from_numpy(found) for found in answers], shares, mean, problem_type).numpy()
 
 
 def _compare(logits: dict[str, np.ndarray], labels: np.ndarray, seeds: list[int], samples: int) -> dict[str, Any]:

@@ -1,0 +1,240 @@
+"""Batches that each hold the same part of unlabelled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+from transformers import TrainingArguments
+
+from distill_nlp.arguments import setting_of
+from distill_nlp.losses.base import IGNORE_INDEX
+
+STRATEGIES = ("random", "sequential", "group_by_length")
+# Rows that Arrow reads at a time: the token ids of a large data set are never in memory as a whole.
+_CHUNK = 8192
+# Batches that are sorted by length together, as Transformers' own LengthGroupedSampler has it.
+_MEGA_BATCH = 50
+
+
+class MixedSampler(Sampler[int]):
+    """Row numbers such that each batch holds `round(ratio * batch_size)` unlabelled rows, at least one of each kind.
+
+    An epoch has as many rows as the data. Each kind is an endless series of passes over its rows, each in a new order,
+    and an epoch goes on where the one before stopped: no row comes again before all of its kind came. It may come twice
+    in the batch in which its kind begins anew. Rows that the loader drops (`drop_last`) count as having come; those
+    that accelerate appends to fill the last batches of several ranks do not.
+
+    The last batch, if smaller, keeps the ratio as nearly as it can. Within a batch the kinds are spread evenly, so that
+    a piece of it (`split_batches`, or a batch that accelerate completes) keeps the ratio to within a row.
+
+    The order depends on the seed and the epoch alone, and takes nothing from the global generators.
+
+    Args:
+        labeled: (N,) whether a row has a label.
+        batch_size: rows of a batch on one device.
+        ratio: part of unlabelled rows, in (0, 1).
+        seed: of the order, the same on all ranks.
+        epoch: gives the number of the epoch that begins, from 0. It is asked rather than told: on a resumed run of
+            several ranks, accelerate's `set_epoch` stops at its wrappers of the batch sampler and never comes here.
+        shuffle: False keeps the order of the data within each kind.
+        lengths: (N,) tokens of each row; where given, rows of like lengths go together in both kinds, the longest of
+            the epoch in its first batch.
+        ranks: batches that run at the same time; with lengths, they are of like lengths.
+
+    Raises:
+        ValueError: no row of one of the kinds, or a batch too small for both.
+
+    Example:
+        >>> labeled = np.array([True, True, False, False, False, False])
+        >>> list(MixedSampler(labeled, batch_size=3, ratio=0.7, seed=0, shuffle=False))
+        [0, 2, 3, 1, 4, 5]
+    """
+
+    def __init__(
+        self,
+        labeled: np.ndarray,
+        batch_size: int,
+        ratio: float,
+        seed: int,
+        epoch: Callable[[], int] = lambda: 0,
+        shuffle: bool = True,
+        lengths: np.ndarray | None = None,
+        ranks: int = 1,
+    ) -> None:
+        if batch_size < 2:
+            raise ValueError(
+                f"unlabeled_ratio needs at least 2 rows in a batch, one of each kind, got {batch_size}: raise "
+                "per_device_train_batch_size, or leave unlabeled_ratio out"
+            )
+        # Labelled rows, then unlabelled ones.
+        self._kinds = np.flatnonzero(labeled), np.flatnonzero(~labeled)
+        if not len(self._kinds[0]):
+            raise ValueError("no row has a label: unlabeled_ratio mixes labelled rows with unlabelled ones")
+        if not len(self._kinds[1]):
+            raise ValueError(
+                f"no row is unlabelled: for unlabeled_ratio add rows with the label {IGNORE_INDEX}, or leave it out"
+            )
+        self._rows, self._size, self._ratio = len(labeled), batch_size, ratio
+        self._seed, self._epoch = seed % 2**64, epoch
+        self._shuffle, self._lengths, self._ranks = shuffle, lengths, ranks
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order(self._epoch()).tolist())
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """(N,) row numbers of one epoch."""
+        full, rest = divmod(self._rows, self._size)
+        whole, last = self._pattern(self._size), self._pattern(rest)
+        drawn = []
+        for kind, is_kind in enumerate((~whole, whole)):
+            per_batch, in_last = is_kind.sum(), (last == kind).sum()
+            rows = self._draw(kind, epoch, full * per_batch + in_last)
+            drawn.append(rows if self._lengths is None else self._sort(rows, per_batch, full))
+        batches = np.empty((full, self._size), dtype=np.int64)
+        end = np.empty(rest, dtype=np.int64)
+        for kind, rows in enumerate(drawn):
+            columns = np.flatnonzero(whole == kind)
+            batches[:, columns] = rows[: full * len(columns)].reshape(full, len(columns))
+            end[last == kind] = rows[full * len(columns) :]
+        if self._lengths is not None:
+            batches = self._shuffle_batches(batches, epoch)
+        return np.concatenate([batches.reshape(-1), end])
+
+    def _pattern(self, size: int) -> np.ndarray:
+        """(size,) whether a place of a batch is for an unlabelled row, evenly spread."""
+        count = round(self._ratio * size)
+        if size > 1:
+            count = min(max(count, 1), size - 1)
+        return np.diff(np.arange(size + 1) * count // max(size, 1)).astype(bool)
+
+    def _draw(self, kind: int, epoch: int, count: int) -> np.ndarray:
+        """(count,) rows of a kind: this epoch's part of the endless series of passes."""
+        rows = self._kinds[kind]
+        first, skipped = divmod(epoch * count, len(rows))
+        passes = range(first, first + -(-(skipped + count) // len(rows)))
+        series = [
+            np.random.default_rng([self._seed, kind, number]).permutation(rows) if self._shuffle else rows
+            for number in passes
+        ]
+        return np.concatenate([rows[:0], *series])[skipped : skipped + count]
+
+    def _sort(self, rows: np.ndarray, per_batch: int, full: int) -> np.ndarray:
+        """The rows, in each mega-batch the longest first; the last mega-batch holds what is left over."""
+        # The same number of batches in both kinds, so that the k-th longest of both meet in one batch.
+        mega = max(1, min(full // (4 * self._ranks), _MEGA_BATCH)) * self._ranks
+        cuts = np.arange(1, full // mega) * mega * per_batch
+        parts = np.split(rows, cuts)
+        return np.concatenate([part[np.argsort(-self._lengths[part], kind="stable")] for part in parts])
+
+    def _shuffle_batches(self, batches: np.ndarray, epoch: int) -> np.ndarray:
+        """Those of one step of all ranks stay together; the ones with the longest row come first."""
+        steps = len(batches) // self._ranks
+        if not steps:
+            return batches
+        together = batches[: steps * self._ranks].reshape(steps, -1)
+        together = np.random.default_rng([self._seed, 2, epoch]).permutation(together)
+        longest = self._lengths[together].max(axis=1).argmax()
+        together[[0, longest]] = together[[longest, 0]]
+        return np.concatenate([together.reshape(-1, self._size), batches[steps * self._ranks :]])
+
+
+def mixed_sampler(data: Any, args: TrainingArguments, batch_size: int, epoch: Callable[[], int]) -> MixedSampler:
+    """The sampler that `unlabeled_ratio` and `train_sampling_strategy` ask for.
+
+    Lengths are those of the column `length_column_name`, else of `input_ids`. The seed is `data_seed`, else `seed`.
+
+    Args:
+        data: a `datasets.Dataset` with `labels`, -100 where there is none.
+        args: with an `unlabeled_ratio`.
+        batch_size: rows of a batch on one device.
+        epoch: gives the number of the epoch that begins, from 0.
+
+    Raises:
+        ValueError: data, batch size or strategy that cannot serve; with what to do.
+
+    Example:
+        >>> sampler = mixed_sampler(train, trainer.args, 16, epoch=lambda: int(trainer.state.epoch or 0))
+    """
+    strategy = args.train_sampling_strategy
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"unlabeled_ratio goes with train_sampling_strategy {', '.join(STRATEGIES)}, got {strategy}: choose one of "
+            "them, or leave unlabeled_ratio out"
+        )
+    if not all(hasattr(data, name) for name in ("__len__", "column_names", "select_columns", "with_format")):
+        raise ValueError(
+            f"unlabeled_ratio needs a datasets.Dataset whose rows can be picked by number, got {type(data).__name__}: "
+            "make one by datasets.Dataset.from_list or from_generator, or leave unlabeled_ratio out"
+        )
+    labeled = labeled_rows(data)
+    lengths = None
+    if strategy == "group_by_length":
+        known = args.length_column_name in data.column_names
+        lengths = _lengths(data, args.length_column_name if known else "input_ids")
+    return MixedSampler(
+        labeled,
+        batch_size,
+        setting_of(args, "unlabeled_ratio"),
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        epoch=epoch,
+        shuffle=strategy != "sequential",
+        lengths=lengths,
+        ranks=args.world_size,
+    )
+
+
+def labeled_rows(data: Any) -> np.ndarray:
+    """(N,) whether each row of a `datasets.Dataset` has a label: none of its entries is -100.
+
+    Raises:
+        ValueError: there is no column `labels`.
+
+    Example:
+        >>> labeled_rows(Dataset.from_dict({"labels": [1, -100, 0]}))
+        array([ True, False,  True])
+    """
+    import pyarrow.compute as pc
+
+    if "labels" not in data.column_names:
+        raise ValueError(
+            f"there is no column labels to tell labelled rows from unlabelled ones, only "
+            f"{', '.join(data.column_names)}: rename the column, with {IGNORE_INDEX} where a row has no label"
+        )
+    found = [np.empty(0, dtype=bool)]
+    for column in _chunks(data, "labels"):
+        labeled = np.ones(len(column), dtype=bool)
+        if hasattr(column, "flatten"):
+            values = pc.list_flatten(column).to_numpy(zero_copy_only=False)
+            labeled[pc.list_parent_indices(column).to_numpy()[values == IGNORE_INDEX]] = False
+        else:
+            labeled = column.to_numpy(zero_copy_only=False) != IGNORE_INDEX
+        found.append(labeled)
+    return np.concatenate(found)
+
+
+def _lengths(data: Any, name: str) -> np.ndarray:
+    """(N,) the lengths of a column of lists, or the numbers of a column of lengths."""
+    import pyarrow.compute as pc
+
+    if name not in data.column_names:
+        raise ValueError(
+            f"group_by_length needs the column {name} (or a column of lengths, length_column_name), there is: "
+            f"{', '.join(data.column_names)}; or set train_sampling_strategy to random"
+        )
+    found = [np.empty(0, dtype=np.int64)]
+    for column in _chunks(data, name):
+        numbers = pc.list_value_length(column) if hasattr(column, "flatten") else column
+        found.append(numbers.to_numpy(zero_copy_only=False))
+    return np.concatenate(found)
+
+
+def _chunks(data: Any, name: str) -> Iterator[Any]:
+    """A column as Arrow arrays, in order."""
+    for table in data.select_columns([name]).with_format("arrow").iter(batch_size=_CHUNK):
+        yield table.column(name).combine_chunks()

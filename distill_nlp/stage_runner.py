@@ -1,0 +1,85 @@
+"""What the stages of an experiment share: whether one is done, where it lies, and how a training is set up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from distill_nlp.config import Experiment
+from distill_nlp.errors import UsageError
+from distill_nlp.materials import Materials
+from distill_nlp.stage_training import Say, TrainingJob
+from distill_nlp.stages import Fingerprint, StageFolder
+from distill_nlp.teacher_parts import TeacherPart
+
+
+class StageRunner:
+    """Every rank of a distributed launch runs the same code; the main one writes and speaks.
+
+    Args:
+        experiment: validated settings.
+        materials: of the experiment.
+        say: gets one line for the user at each event; called on the main rank only.
+    """
+
+    def __init__(self, experiment: Experiment, materials: Materials, say: Say) -> None:
+        self.experiment = experiment
+        self.materials = materials
+        self.root = Path(experiment.output_dir).expanduser()
+        self.state = PartialState(cpu=experiment.training.use_cpu)
+        self.tell = say
+
+    def say(self, stage: str, line: str) -> None:
+        """One line for the user, from the main rank."""
+        if self.state.is_main_process:
+            self.tell(f"{stage:<20} {line}")
+
+    def is_done(self, folder: StageFolder, fingerprint: Fingerprint, name: str) -> bool:
+        """Whether the stage can be left out; says so, and why not where settings changed. The same on all ranks."""
+        # One rank looks: two could see the folder at different moments, and one train while the other leaves.
+        changes = broadcast_object_list([folder.changes(fingerprint)])[0]
+        if changes == []:
+            self.say(name, f"done already: {folder.path}")
+            return True
+        if changes:
+            shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+            self.say(name, f"settings changed, so it is done again ({shown})")
+        return False
+
+    def finished(self, path: Path, fingerprint: Fingerprint, stage: str) -> Path:
+        """The folder of a stage that is finished with just these settings.
+
+        Raises:
+            UsageError: it is not finished, or was made with other settings.
+        """
+        changes = StageFolder(path).changes(fingerprint)
+        if changes is None:
+            raise UsageError(
+                f"there is no finished {stage} in {path}; run the stage {stage} first (distill-nlp run CONFIG --stages "
+                f"{stage})"
+            )
+        if changes:
+            raise UsageError(
+                f"the {stage} in {path} was made with other settings ({'; '.join(changes[:3])}); run the stage {stage} "
+                "again, or go back to its settings"
+            )
+        return path
+
+    def job(
+        self, name: str, folder: StageFolder, fingerprint: Fingerprint, reader: TeacherPart | None = None, **parts: Any
+    ) -> TrainingJob:
+        """A training, on the tokens of this teacher, else on the student's."""
+        materials = self.materials
+        _ = materials.readers
+        return TrainingJob(
+            name=name,
+            folder=folder,
+            fingerprint=fingerprint,
+            validation=materials.tokens(materials.splits.validation, reader),
+            tokenizer=materials.tokenizer if reader is None else reader.tokenizer,
+            max_length=self.experiment.data.max_length if reader is None else reader.max_length,
+            **parts,
+        )

@@ -1,0 +1,175 @@
+"""The teachers' part of an experiment: their fine-tuning, and their answers for the rows of the students."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from distill_nlp.cache_filling import cached_answers
+from distill_nlp.ensemble import TeacherEnsemble
+from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.fingerprints import Fingerprints
+from distill_nlp.labels import label_order
+from distill_nlp.loading import load_classifier, load_config
+from distill_nlp.losses import CrossEntropyLoss
+from distill_nlp.pool import add_pseudo_labels, drop_unconfident
+from distill_nlp.stage_runner import StageRunner
+from distill_nlp.stage_training import training_arguments
+from distill_nlp.stages import StageFolder
+from distill_nlp.student import label_arguments
+from distill_nlp.teacher import TEACHER_LOGITS, CachedTeacher, Teacher
+from distill_nlp.teacher_cache import PRECISIONS
+from distill_nlp.teacher_parts import TeacherPart
+from distill_nlp.teacher_source import TeacherSource
+
+
+class TeacherStages:
+    """Trains the teachers that are not finished, and hands them, or their cached answers, to the students.
+
+    Args:
+        runner: of the experiment.
+        prints: its fingerprints.
+    """
+
+    def __init__(self, runner: StageRunner, prints: Fingerprints) -> None:
+        self.runner = runner
+        self.prints = prints
+        self.experiment = runner.experiment
+        self.materials = runner.materials
+
+    def train(self) -> None:
+        """Fine-tunes each teacher that is no classifier for these labels yet."""
+        for part in self.materials.teachers:
+            self._train(part)
+
+    def _train(self, part: TeacherPart) -> None:
+        if part.finished is not None:
+            self.runner.say(part.name, f"{part.settings.model} is a classifier for these labels already: not trained")
+            return
+        folder = StageFolder(self.runner.root / part.name)
+        fingerprint = self.prints.teachers[part.index]
+        if self.runner.is_done(folder, fingerprint, part.name):
+            return
+        seed = part.settings.seed
+        set_seed(seed)
+        self.runner.job(
+            part.name,
+            folder,
+            fingerprint,
+            part,
+            model=self.materials.new_teacher(part),
+            losses={"ce": CrossEntropyLoss()},
+            train=self.materials.tokens(self.materials.splits.teacher_train, part),
+            arguments=training_arguments(self.experiment.teacher_training(), folder.checkpoints, seed),
+        ).run(self.runner.tell)
+
+    def source(self, part: TeacherPart) -> tuple[str, str | None]:
+        """Where the fine-tuned teacher lies: folder or Hub id, and revision.
+
+        Raises:
+            UsageError: it is not trained yet.
+        """
+        if part.finished is not None:
+            return part.settings.model or "", part.settings.revision
+        fingerprint = self.prints.teachers[part.index]
+        return str(self.runner.finished(self.runner.root / part.name, fingerprint, "teacher")), None
+
+    # ---- for the students ----
+
+    def for_students(self) -> Teacher | TeacherEnsemble | CachedTeacher:
+        """The teacher as the students' trainer takes it."""
+        parts = self.materials.teachers
+        _ = self.materials.readers
+        if self.materials.live_because is None:
+            return CachedTeacher(self._answers_config, parts[0].settings.restrict_labels)
+        members = [
+            Teacher(
+                load_classifier(*self.source(part)),
+                part.tokenizer if part.prefix else None,
+                prefix=part.prefix,
+                restrict_labels=part.settings.restrict_labels,
+            )
+            for part in parts
+        ]
+        if len(members) == 1:
+            return members[0]
+        return TeacherEnsemble(members, [part.settings.weight for part in parts], self.experiment.teacher.mean)
+
+    @cached_property
+    def _answers_config(self) -> Any:
+        """A config whose labels are those of the cached logits: the teacher's own, or the data's for an ensemble."""
+        config = load_config(*self.source(self.materials.lead))
+        return config if len(self.materials.teachers) == 1 else self._with_data_labels(config)
+
+    def _with_data_labels(self, config: Any) -> Any:
+        return type(config)(**label_arguments(self.materials.label_names))
+
+    @cached_property
+    def student_rows(self) -> Any:
+        """The rows that the students of all seeds learn from, with the teacher's answers where it does not run live."""
+        data = self.experiment.data
+        cached = self.materials.live_because is None
+        if not cached and data.unlabeled_min_confidence is None and not data.pseudo_labels:
+            return self.materials.student_rows
+        rows = self._answered(self.materials.objective.pooled_states() if cached else set())
+        config, restrict = self._answers_config, self.materials.lead.settings.restrict_labels
+        order = label_order(config, self._with_data_labels(config), restrict)
+        try:
+            if data.unlabeled_min_confidence is not None:
+                rows, counts = drop_unconfident(rows, data.unlabeled_min_confidence, order)
+                self.runner.say("data", counts.summary(self.materials.label_names))
+            if data.pseudo_labels:
+                rows, count = add_pseudo_labels(rows, order)
+                self.runner.say("data", f"{count:,} unlabeled rows labeled by the teacher")
+        except ValueError as error:
+            raise UsageError(f"data.unlabeled: {error}") from error
+        return rows if cached else rows.remove_columns(TEACHER_LOGITS)
+
+    def _answered(self, states: set[tuple[int, str]]) -> Any:
+        """The students' rows with the teachers' answers beside them."""
+        experiment, materials = self.experiment, self.materials
+        size = experiment.training.per_device_eval_batch_size
+        rows = materials.student_rows
+        sources = []
+        for part in materials.teachers:
+            name, revision = self.source(part)
+            sources.append(
+                TeacherSource(
+                    name,
+                    revision,
+                    prefix=part.prefix,
+                    tokenizer=part.tokenizer,
+                    restrict_labels=part.settings.restrict_labels,
+                )
+            )
+        try:
+            return cached_answers(
+                sources,
+                rows,
+                materials.tokenizer,
+                experiment.cache_dir or self.runner.root / "teacher_cache",
+                weights=[part.settings.weight for part in materials.teachers],
+                mean=experiment.teacher.mean,
+                states=sorted(states),
+                storage=experiment.teacher.cache_dtype,
+                mixed_precision=materials.mixed_precision if materials.mixed_precision in PRECISIONS else "no",
+                batch_size=size,
+                say=lambda line: self.runner.say("teacher cache", line),
+                student_config=self._with_data_labels(self._answers_config),
+            )
+        except torch.OutOfMemoryError as error:
+            hint = f"lower training.per_device_eval_batch_size (now {size}) or data.max_length"
+            raise DistillError(f"teacher cache: out of memory; {hint}") from error
+
+    def fill_cache(self) -> None:
+        """Computes the teacher's answers for all rows that the students will learn from, ahead of their stage.
+
+        Raises:
+            UsageError: there is no finished teacher yet, or the students would not use the cache.
+        """
+        if (reason := self.materials.live_because) is not None:
+            raise UsageError(f"nothing to cache: {reason}")
+        self._answered(self.materials.objective.pooled_states())
