@@ -67,8 +67,10 @@ class Fingerprints:
     def baseline(self, seed: int) -> Fingerprint:
         pool = self.materials.splits.unlabeled
         ce = self.experiment.losses["ce"].arguments() if "ce" in self.experiment.losses else {}
-        # The size of the pool sets the number of steps.
-        rest = {"ce": ce, "unlabeled_rows": 0 if pool is None else len(pool)}
+        # The pool sets the number of steps, unless that is given: with and without it there is then one baseline.
+        training = self.experiment.training
+        given = training.max_steps > 0 and training.eval_strategy != "epoch"
+        rest = {"ce": ce, "unlabeled_rows": 0 if pool is None or given else len(pool)}
         return plain(self._common(seed, of_student=False) | rest)
 
     def student(self, seed: int) -> Fingerprint:

@@ -321,3 +321,15 @@ def test_answers_in_half_precision_say_what_that_costs(experiment, tmp_path, cap
     assert main(["run", str(experiment(losses=KL, teacher=teacher, student=STUDENT)), "--stages", "student"]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("teacher cache")]
     assert "bfloat16" in line
+
+
+def test_with_and_without_the_pool_are_one_baseline_where_the_number_of_steps_is_given(experiment, pool, capsys):
+    """Else the pool sets it."""
+    assert main(["run", str(experiment(losses=KL)), "--stages", "baseline"]) == 0
+    capsys.readouterr()
+    assert main(["run", str(experiment(losses=KL, data__unlabeled=pool)), "--stages", "baseline"]) == 0
+    assert "done already" in capsys.readouterr().err
+    epochs = {"training__max_steps": -1, "training__num_train_epochs": 1}
+    config = experiment(losses=KL, data__unlabeled=pool, **epochs)
+    assert main(["run", str(config), "--stages", "baseline"]) == 0
+    assert "unlabeled_rows: 0 → 20" in capsys.readouterr().err
