@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
@@ -31,6 +31,17 @@ class DistillationArguments(TrainingArguments):
         unlabeled_ratio: part of each batch that is rows without a label (-100), in (0, 1); None mixes the rows as they
             come. The rows of an epoch are as many as those of the data: the kind that runs out begins again, in a new
             order.
+        layer_learning_rate_decay: factor on the learning rate from each block to the one below it, in (0, 1]: with n
+            blocks, the head has `learning_rate`, the last block `decay` times that, the first `decay^n`, the embeddings
+            `decay^(n + 1)`. See `parameter_groups.layer_factors`.
+        freeze: parts of the student that do not learn: "embeddings", "layer.1" (the first block), "layer.1-3", "body"
+            (all but the head), or the name of a module or parameter.
+        unfreeze_every: release the frozen parts one by one, from the highest block down to the embeddings, one after
+            every so many optimizer steps; None: they stay frozen.
+        early_stopping_patience: stop after so many evaluations in a row without an improvement of
+            `metric_for_best_model` (the loss unless given); None: never. With the counter restored, a training that
+            goes on from a checkpoint stops where it would have stopped.
+        early_stopping_threshold: what counts as an improvement: more than this over the best so far.
 
     Raises:
         ValueError: an argument out of its range, or anything that `TrainingArguments` refuses.
@@ -55,6 +66,22 @@ class DistillationArguments(TrainingArguments):
         default=None,
         metadata={"help": "Part of each batch that is rows without a label; else as they come."},
     )
+    layer_learning_rate_decay: float = field(
+        default=1.0, metadata={"help": "Factor on the learning rate from each block to the one below it."}
+    )
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Parts that do not learn: embeddings, layer.1, layer.1-3, body, or names of modules."},
+    )
+    unfreeze_every: int | None = field(
+        default=None, metadata={"help": "Steps between releases of frozen parts, from the top down; else for good."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations in a row without improvement after which training stops."}
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "An improvement is more than this over the best so far."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and infinite losses from the log. Off here: they should be seen."}
     )
@@ -67,6 +94,9 @@ class DistillationArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            self.restore_callback_states_from_checkpoint = True
         super().__post_init__()
         if not 0 < self.projection_learning_rate_factor < float("inf"):
             raise ValueError(f"projection_learning_rate_factor must be > 0, got {self.projection_learning_rate_factor}")
@@ -83,8 +113,31 @@ class DistillationArguments(TrainingArguments):
                 f"unlabeled_ratio must lie between 0 and 1, got {self.unlabeled_ratio}; leave it out to mix the rows "
                 "as they come"
             )
+        self._check_parts()
+        self._check_early_stopping()
+
+    def _check_parts(self) -> None:
+        if not 0 < self.layer_learning_rate_decay <= 1:
+            raise ValueError(f"layer_learning_rate_decay must be in (0, 1], got {self.layer_learning_rate_decay}")
+        if not isinstance(self.freeze, list) or not all(isinstance(part, str) and part for part in self.freeze):
+            raise ValueError(f"freeze must be a list of names, got {self.freeze!r}")
+        if self.unfreeze_every is not None and self.unfreeze_every < 1:
+            raise ValueError(f"unfreeze_every must be at least 1, got {self.unfreeze_every}")
+        if self.unfreeze_every is not None and not self.freeze:
+            raise ValueError("unfreeze_every needs freeze, the parts to release")
+
+    def _check_early_stopping(self) -> None:
+        if not 0 <= self.early_stopping_threshold < float("inf"):
+            raise ValueError(f"early_stopping_threshold must be >= 0, got {self.early_stopping_threshold}")
+        if self.early_stopping_patience is None:
+            return
+        if self.early_stopping_patience < 1:
+            raise ValueError(f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}")
+        if self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience needs evaluations: set eval_strategy to epoch or steps")
 
 
 def setting_of(args: TrainingArguments, name: str) -> Any:
     """A setting of `DistillationArguments`, its default where plain `TrainingArguments` have none."""
-    return getattr(args, name, DistillationArguments.__dataclass_fields__[name].default)
+    ours = DistillationArguments.__dataclass_fields__[name]
+    return getattr(args, name, ours.default_factory() if ours.default is MISSING else ours.default)

@@ -174,8 +174,8 @@ def _answered(sources: Sequence[TeacherSource], dataset: Any, settings: FillSett
     fillings = [TeacherFilling(*each, dataset, settings) for each in zip(sources, titles, strict=True)]
     for filling in fillings:
         filling.run()
-    logits = [filling.values_of(None) for filling in fillings]
+    logits = [filling.take(None) for filling in fillings]
     answered = with_column(dataset, TEACHER_LOGITS, logits[0] if mean is None else mean(logits))
     for state in settings.states:
-        answered = with_column(answered, pooled_column(*state), fillings[0].values_of(state))
+        answered = with_column(answered, pooled_column(*state), fillings[0].take(state))
     return answered

@@ -5,20 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import types
-import typing
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-from pydantic.fields import FieldInfo
-
 import distill_nlp
+from distill_nlp.cli_settings import add_settings, dotted, positive, value_of
 from distill_nlp.config import STAGES, LossSection
-from distill_nlp.config_file import leaves, load_experiment, read_yaml
+from distill_nlp.config_file import leaves, load_experiment
 from distill_nlp.errors import DistillError, UsageError
-
-_TEACHER_TRAINING = "teacher.training."
 
 _LOSS_HELP = (
     "Values are YAML; defaults stand in brackets. Any setting of `training` can be given for the teacher alone, as "
@@ -36,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if known.command not in ("run", "cache") and rest:
+    if known.command not in ("run", "cache", "doctor", "sweep") and rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         return known.function(known, rest)
@@ -44,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hints = {
             "run": "; the same command goes on from the last checkpoint",
             "cache": "; the same command computes what is missing",
+            "sweep": "; the same command goes on with its trials",
         }
         print(f"\ninterrupted{hints.get(known.command, '')}", file=sys.stderr)
         return 130
@@ -80,13 +75,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs the stages of an experiment: fine-tunes the teacher (unless it is finished), trains the "
         "student plainly and distilled, and reports. A finished stage is not done again unless its settings changed; "
         "an interrupted one goes on from its last checkpoint.",
-        usage="distill-nlp run CONFIG [--stages A,B] [--debug] [--SETTING VALUE ...]",
+        usage="distill-nlp run CONFIG [--stages A,B] [--dry-run] [--no-doctor] [--debug] [--SETTING VALUE ...]",
         epilog=_LOSS_HELP,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40),
         allow_abbrev=False,
     )
     run.add_argument("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
-    _add_settings(run)
+    run.add_argument("--dry-run", action="store_true", help="only two steps of each stage, of which nothing is kept")
+    run.add_argument("--no-doctor", action="store_true", help="do not look first for what can be known to be wrong")
+    add_settings(run)
     run.set_defaults(function=_run)
 
     cache = commands.add_parser(
@@ -100,8 +97,40 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40),
         allow_abbrev=False,
     )
-    _add_settings(cache)
+    add_settings(cache)
     cache.set_defaults(function=_cache)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what can be known to be wrong before the first step",
+        description="Looks at data, labels, tokenizers, models, losses, memory and time of an experiment without "
+        "training anything. Each finding says what, why it matters and how to mend it. Exit code 2 if one of them "
+        "would stop a run, else 0. Takes the settings of run, which looks the same way first.",
+        usage="distill-nlp doctor CONFIG [--debug] [--SETTING VALUE ...]",
+        epilog=_LOSS_HELP,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40),
+        allow_abbrev=False,
+    )
+    add_settings(doctor)
+    doctor.set_defaults(function=_doctor)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="many students of one teacher under other settings",
+        description="Trains students under other settings until there are enough trials, the teacher's answers paid "
+        "once, and ends with a table, the Pareto front and the best settings as a command. The same command goes on "
+        "with an interrupted sweep, and may run several times at once.",
+        usage="distill-nlp sweep CONFIG [--trials N] [--workers N] [--output_dir DIR] [--debug] [--SETTING VALUE ...]",
+        epilog="CONFIG names an experiment, a space and the number of trials: see docs/sweeps.md. Settings are those "
+        "of run, for all trials.",
+        allow_abbrev=False,
+    )
+    sweep.add_argument("config", metavar="CONFIG", help="the sweep's YAML file")
+    sweep.add_argument("--trials", type=positive, metavar="N", help="finished trials, instead of the file's")
+    sweep.add_argument("--workers", type=positive, default=1, metavar="N", help="processes on this machine [1]")
+    sweep.add_argument("--output_dir", metavar="DIR", help="folder of the sweep, instead of the file's")
+    sweep.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    sweep.set_defaults(function=_sweep)
 
     predict = commands.add_parser(
         "predict", help="classify texts with a finished model", description="Classifies texts with a finished model."
@@ -117,31 +146,20 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=("text", "jsonl"), default="text", help="output: label, score, text; or JSON"
     )
     predict.add_argument("--text_column", default="text", metavar="NAME", help="column of a file with columns [text]")
-    predict.add_argument("--batch_size", type=_positive, default=32, metavar="N", help="texts of one pass [32]")
-    predict.add_argument("--max_length", type=_positive, metavar="N", help="cut texts at so many tokens")
+    predict.add_argument("--batch_size", type=positive, default=32, metavar="N", help="texts of one pass [32]")
+    predict.add_argument("--max_length", type=positive, metavar="N", help="cut texts at so many tokens")
     predict.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     predict.set_defaults(function=_predict)
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """The config, and every setting of it."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file; every setting can be overridden as below")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
-    groups: dict[str, Any] = {}
-    for name, field in leaves():
-        section = name.partition(".")[0] if "." in name else "the experiment"
-        if name == "losses" or name.startswith(_TEACHER_TRAINING):
-            continue
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section)
-        groups[section].add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=_help(field))
-
-
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
     stages = _stages(known.stages)
     pipeline = _pipeline(known, rest)
-    report = pipeline.run(stages)
+    if known.dry_run:
+        pipeline.rehearse()
+        return 0
+    report = pipeline.run(stages, doctor=not known.no_doctor)
     if report is not None:
         from rich.console import Console
 
@@ -151,22 +169,51 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _doctor(known: argparse.Namespace, rest: list[str]) -> int:
+    from rich.console import Console
+
+    pipeline = _pipeline(known, rest)
+    from distill_nlp.doctor import exit_code, terminal_findings
+
+    found = pipeline.examine()
+    if _is_main_rank():
+        Console().print(terminal_findings(found))
+    return exit_code(found)
+
+
 def _cache(known: argparse.Namespace, rest: list[str]) -> int:
     _pipeline(known, rest).fill_cache()
     return 0
+
+
+def _sweep(known: argparse.Namespace, rest: list[str]) -> int:
+    _quiet(known.debug)
+    from rich.console import Console
+
+    from distill_nlp.sweep import run_sweep, terminal_table
+
+    result = run_sweep(known.config, dotted(rest), known.output_dir, known.trials, known.workers, _to_stderr)
+    Console().print(terminal_table(result))
+    if result.get("command"):
+        print(result["command"])
+    return 0
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _pipeline(known: argparse.Namespace, rest: list[str]) -> Any:
     """The experiment of a config with the settings of the command line over it."""
     fields = dict(leaves())
     given = vars(known)
-    overrides = {name: _value(given[name], name, field) for name, field in fields.items() if name in given}
-    overrides |= _dotted(rest)
+    overrides = {name: value_of(given[name], name, field) for name, field in fields.items() if name in given}
+    overrides |= dotted(rest)
     experiment = load_experiment(known.config, overrides)
     _quiet(known.debug)
     from distill_nlp.pipeline import Pipeline
 
-    return Pipeline(experiment, lambda line: print(line, file=sys.stderr, flush=True))
+    return Pipeline(experiment, _to_stderr)
 
 
 def _predict(known: argparse.Namespace, rest: list[str]) -> int:
@@ -196,62 +243,6 @@ def _stages(text: str | None) -> tuple[str, ...]:
     if unknown or not names:
         raise UsageError(f"--stages: unknown {', '.join(unknown) or repr(text)}; there are {', '.join(STAGES)}")
     return tuple(name for name in STAGES if name in names)
-
-
-def _dotted(rest: list[str]) -> dict[str, Any]:
-    """`--a.b value` and `--a.b=value` of names that only validation knows: losses, and rarer training arguments."""
-    overrides = {}
-    words = iter(rest)
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not name:
-            raise UsageError(f"unknown argument {word}; settings are given as --data.max_length 128")
-        if not equals:
-            value = next(words, "")
-            if not value or value.startswith("--"):
-                raise UsageError(f"{word} needs a value")
-        overrides[name] = _yaml(value, name)
-    return overrides
-
-
-def _yaml(text: str, name: str) -> Any:
-    try:
-        return read_yaml(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--{name}: {text!r} is not valid YAML; quote it") from None
-
-
-def _value(text: str, name: str, field: FieldInfo) -> Any:
-    """A setting's value: text as it stands where text is meant, else YAML; `0,1,2` for a list."""
-    is_union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
-    kinds = set(typing.get_args(field.annotation) if is_union else (field.annotation,)) - {type(None)}
-    if kinds == {str} or typing.get_origin(field.annotation) is typing.Literal:
-        return None if text == "null" and type(None) in typing.get_args(field.annotation) else text
-    of_text = list[str] in kinds
-    if "list" in str(field.annotation) and not text.lstrip().startswith("[") and "," in text:
-        return [part.strip() if of_text else _yaml(part, name) for part in text.split(",")]
-    value = _yaml(text, name)
-    return [value] if field.annotation == list[int] and isinstance(value, int) else value
-
-
-def _help(field: FieldInfo) -> str:
-    text = (field.description or "").replace("%", "%%")
-    choices = [
-        str(c) for c in typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal
-    ]
-    if choices:
-        text += f" ({', '.join(choices)})"
-    if field.is_required():
-        return f"{text} [required]"
-    default = field.get_default(call_default_factory=True)
-    return text if default is None else f"{text} [{default}]"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _quiet(debug: bool) -> None:

@@ -130,15 +130,27 @@ class FromTeacher(Section):
         "uniform", description="which of the teacher's blocks; a list counts from 1"
     )
     architecture: Literal["distilbert", "same"] = Field("distilbert", description="distilbert (of a BERT) or same")
+    weights: Literal["pretrained", "finetuned"] = Field(
+        "pretrained", description="the first teacher's before its training, or after it, head included"
+    )
+    head: Literal["auto", "random"] = Field("auto", description="auto: finetuned weights bring theirs; random: drawn")
+    width: int | None = Field(None, ge=1, description="of the hidden states, where not the teacher's")
+    heads: int | None = Field(None, ge=1, description="attention heads; else as many as keep the size of a head")
+    intermediate_size: int | None = Field(None, ge=1, description="feed-forward neurons; 4 x width where not given")
+
+    def chosen(self) -> dict[str, Any]:
+        """All settings, the optional ones where they are not at their default."""
+        first = {"layers", "select", "architecture"}
+        return self.model_dump(include=first) | self.model_dump(exclude=first, exclude_defaults=True)
 
 
 class StudentSection(Section):
-    """The student: a checkpoint, a config for one from scratch, or layers of the teacher as it was before training."""
+    """The student: a checkpoint, a config for one from scratch, or layers of the teacher."""
 
     model: str | None = Field(None, description="Hub id or folder of a checkpoint")
     revision: str | None = Field(None, description="commit, tag or branch of the model on the Hub")
     config: dict[str, Any] | None = Field(None, description="{model_type: distilbert, dim: 64, ...}, from scratch")
-    from_teacher: FromTeacher | None = Field(None, description="copies of the layers of `teacher.model`")
+    from_teacher: FromTeacher | None = Field(None, description="copies of the teacher's layers")
     overrides: dict[str, Any] = Field({}, description="settings of the student's config to change")
 
     @model_validator(mode="after")
@@ -184,6 +196,40 @@ class ReportSection(Section):
     bootstrap_samples: int = Field(2000, ge=100, description="resamples behind the intervals")
 
 
+def _built(losses: dict[str, LossSection]) -> dict[str, LossSection]:
+    """The same, each of them and their sum once built; raises with all mistakes."""
+    from distill_nlp.losses import LOSSES
+    from distill_nlp.objective import DistillationObjective
+
+    built, mistakes = {}, []
+    for name, section in losses.items():
+        if name not in LOSSES:
+            known = f"unknown loss; there are {', '.join(LOSSES)}{did_you_mean(name, LOSSES)}"
+            mistakes.append(mistake(name, name, known))
+            continue
+        try:
+            built[name] = LOSSES[name](**section.arguments())
+        except (ValueError, TypeError) as error:
+            message = re.sub(r"^\w+\.__init__\(\) got an unexpected", "unknown", str(error))
+            mistakes.append(mistake(name, section, message))
+    if mistakes:
+        raise ValidationError.from_exception_data("losses", mistakes)
+    DistillationObjective(built, {name: section.weight for name, section in losses.items()})
+    return losses
+
+
+class PhaseSection(Section):
+    """One of several trainings of the student, one after the other."""
+
+    losses: dict[str, LossSection] | None = Field(None, description="of this phase, where not the experiment's")
+    training: TrainingSection = Field(default_factory=TrainingSection, description="on top of `training`")
+
+    @field_validator("losses", mode="after")
+    @classmethod
+    def _losses_can_be_built(cls, losses: dict[str, LossSection] | None) -> dict[str, LossSection] | None:
+        return None if losses is None else _built(losses)
+
+
 class Experiment(Section):
     """One experiment: teacher, plain baseline and distilled student on one data set."""
 
@@ -196,8 +242,13 @@ class Experiment(Section):
     data: DataSection
     teacher: TeacherSection
     student: StudentSection
-    losses: dict[str, LossSection] = Field(description="name -> weight and settings of the loss")
+    losses: dict[str, LossSection] = Field({}, description="name -> weight and settings of the loss")
     training: TrainingSection = Field(default_factory=TrainingSection)
+    phases: list[PhaseSection] = Field(
+        [],
+        description="trainings of the student one after the other, as [{losses: {hidden: {}}, training: "
+        "{num_train_epochs: 2}}, {losses: {kl: {}}}]; what a phase does not give is the experiment's",
+    )
     report: ReportSection = Field(default_factory=ReportSection)
 
     @field_validator("seeds")
@@ -210,27 +261,12 @@ class Experiment(Section):
     @field_validator("losses", mode="after")
     @classmethod
     def _losses_can_be_built(cls, losses: dict[str, LossSection]) -> dict[str, LossSection]:
-        from distill_nlp.losses import LOSSES
-        from distill_nlp.objective import DistillationObjective
-
-        built, mistakes = {}, []
-        for name, section in losses.items():
-            if name not in LOSSES:
-                known = f"unknown loss; there are {', '.join(LOSSES)}{did_you_mean(name, LOSSES)}"
-                mistakes.append(mistake(name, name, known))
-                continue
-            try:
-                built[name] = LOSSES[name](**section.arguments())
-            except (ValueError, TypeError) as error:
-                message = re.sub(r"^\w+\.__init__\(\) got an unexpected", "unknown", str(error))
-                mistakes.append(mistake(name, section, message))
-        if mistakes:
-            raise ValidationError.from_exception_data(cls.__name__, mistakes)
-        DistillationObjective(built, {name: section.weight for name, section in losses.items()})
-        return losses
+        return _built(losses) if losses else losses
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Experiment:
+        if not self.losses and (not self.phases or any(phase.losses is None for phase in self.phases)):
+            raise ValueError('losses is empty; give at least one, e.g. {"kl": {"temperature": 2.0}}')
         if self.data.tokenizer is None and self.teacher.model is None:
             raise ValueError(
                 f"data.tokenizer is needed where the teacher has no checkpoint; `{TRAIN_TOKENIZER}` trains one"
@@ -244,7 +280,8 @@ class Experiment(Section):
             raise ValueError(f"{', '.join(given)}: there are no unlabeled rows; set data.unlabeled")
         if self.data.pseudo_labels and self.training.unlabeled_ratio is not None:
             raise ValueError("data.pseudo_labels leave no row unlabeled for training.unlabeled_ratio; set one of them")
-        if self.student.from_teacher is not None and self.teacher.model is None:
+        recipe = self.student.from_teacher
+        if recipe is not None and recipe.weights == "pretrained" and self.teacher.model is None:
             raise ValueError(
                 "student.from_teacher needs teacher.model: a teacher from scratch has no layers worth copying"
             )
@@ -254,3 +291,13 @@ class Experiment(Section):
         """`training` with the teacher's own settings over it, but for what is the students' alone."""
         own = self.teacher.training.model_dump(exclude_unset=True)
         return TrainingSection(**(self.training.model_dump(exclude_unset=True) | own | {"unlabeled_ratio": None}))
+
+    def student_trainings(self) -> list[Experiment]:
+        """The experiment as each phase of the student sees it; itself where there are none."""
+        found = []
+        for phase in self.phases:
+            own = phase.training.model_dump(exclude_unset=True)
+            training = TrainingSection(**(self.training.model_dump(exclude_unset=True) | own))
+            losses = self.losses if phase.losses is None else phase.losses
+            found.append(self.model_copy(update={"losses": losses, "training": training, "phases": []}))
+        return found or [self]

@@ -42,6 +42,15 @@ class TrainingSection(BaseModel):
     unlabeled_ratio: float | None = Field(
         None, gt=0, lt=1, description="part of each batch that is rows of data.unlabeled; else rows as they come"
     )
+    layer_learning_rate_decay: float = Field(
+        1.0, gt=0, le=1, description="factor on the learning rate from each block to the one below it"
+    )
+    freeze: list[str] = Field(
+        [], description="parts that do not learn: embeddings, layer.1, layer.1-3, body (all but the head), or modules"
+    )
+    unfreeze_every: int | None = Field(
+        None, ge=1, description="steps between releases of frozen parts, from the top down; else they stay frozen"
+    )
     bf16: bool = Field(False, description="bfloat16 autocast")
     fp16: bool = Field(False, description="float16 autocast with loss scaling (GPU)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory")
@@ -54,6 +63,10 @@ class TrainingSection(BaseModel):
     metric_for_best_model: Literal["accuracy", "f1_macro", "loss"] = Field(
         "accuracy", description="validation metric that picks the best checkpoint"
     )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="stop after so many evaluations in a row without a better metric; else never"
+    )
+    early_stopping_threshold: float = Field(0.0, ge=0, description="better is by more than this")
     logging_steps: float = Field(50, gt=0, description="steps between log entries; below 1, a part of all steps")
     dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare batches")
     report_to: str | list[str] = Field("none", description="trackers: tensorboard, wandb, trackio, ...")

@@ -54,10 +54,14 @@ class Fingerprints:
     def _common(self, seed: int, of_student: bool) -> Fingerprint:
         experiment = self.experiment
         student, teacher = experiment.student, experiment.teacher
-        layers_of = checkpoint_print(teacher.model, teacher.revision) if student.from_teacher is not None else None
+        source, layers_of = student.from_teacher, None
+        if source is not None:
+            finetuned = source.weights == "finetuned"
+            layers_of = self.teachers[0] if finetuned else checkpoint_print(teacher.model, teacher.revision)
+        settings = student.model_dump(exclude={"model", "revision", "from_teacher"})
         return {
             "data": self.materials.data_print | {"train": content_hash(self.materials.splits.train)},
-            "student": student.model_dump(exclude={"model", "revision"}),
+            "student": settings | {"from_teacher": None if source is None else source.chosen()},
             "model": layers_of or checkpoint_print(student.model, student.revision),
             "training": effective(experiment.training, of_student),
             "seed": seed,
@@ -71,9 +75,25 @@ class Fingerprints:
         training = self.experiment.training
         given = training.max_steps > 0 and training.eval_strategy != "epoch"
         rest = {"ce": ce, "unlabeled_rows": 0 if pool is None or given else len(pool)}
+        if self.experiment.phases:
+            # Their steps together are its own.
+            phases = [effective(e.training, of_student=False) for e in self.experiment.student_trainings()]
+            rest |= {"unlabeled_rows": 0 if pool is None else len(pool), "phases": phases}
         return plain(self._common(seed, of_student=False) | rest)
 
     def student(self, seed: int) -> Fingerprint:
+        """Of the distilled student, after its last phase."""
+        return self.phases(seed)[-1]
+
+    def phases(self, seed: int) -> list[Fingerprint]:
+        """Of the student after each phase of its training."""
+        found: list[Fingerprint] = []
+        for experiment in self.experiment.student_trainings():
+            one = Fingerprints(experiment, self.materials)._student(seed)
+            found.append({**one, "after": found[-1]} if found else one)
+        return found
+
+    def _student(self, seed: int) -> Fingerprint:
         pool = self.materials.splits.unlabeled
         rest = {
             "losses": {key: section.model_dump() for key, section in self.experiment.losses.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -10,12 +11,13 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
-from distill_nlp.config import TRAIN_TOKENIZER, Experiment
+from distill_nlp.config import TRAIN_TOKENIZER, Experiment, LossSection
 from distill_nlp.data import Splits, content_hash, load_splits
 from distill_nlp.errors import UsageError
 from distill_nlp.labels import anonymous
-from distill_nlp.loading import load_backbone, load_tokenizer
-from distill_nlp.losses import LOSSES, ModelShape
+from distill_nlp.loading import load_backbone, load_classifier, load_tokenizer
+from distill_nlp.losses import LOSSES, DistillationLoss, ModelShape
+from distill_nlp.losses.cross_entropy import BALANCED, balanced_class_weights
 from distill_nlp.objective import DistillationObjective
 from distill_nlp.stage_training import mixed_precision
 from distill_nlp.stages import Fingerprint
@@ -35,6 +37,15 @@ class Materials:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.state = PartialState()
+
+    def seen_by(self, experiment: Experiment) -> Materials:
+        """The same data, teachers and tokenizers for another phase of the student's training."""
+        _ = self.student_rows
+        other = copy.copy(self)
+        other.experiment = experiment
+        for own in ("objective", "mixed_precision", "live_because"):
+            vars(other).pop(own, None)
+        return other
 
     @cached_property
     def splits(self) -> Splits:
@@ -175,13 +186,25 @@ class Materials:
         """A teacher to be fine-tuned."""
         return teacher.new_model(self.label_names, self._sizes)
 
-    def new_student(self) -> PreTrainedModel:
-        """The student as both the baseline and the distilled one start; what is random follows the seed."""
+    def new_student(
+        self, finetuned: tuple[str, str | None] | None = None, say: Callable[[str], None] | None = None
+    ) -> PreTrainedModel:
+        """The student as both the baseline and the distilled one start; what is random follows the seed.
+
+        Args:
+            finetuned: where the first teacher lies after its training, folder or Hub id and revision, for
+                `student.from_teacher.weights: finetuned`. Without it the student is one of the same shapes to look at.
+            say: gets one line of what was made.
+
+        Raises:
+            UsageError: the settings do not fit each other or the teacher.
+        """
         settings = self.experiment.student
         teacher, recipe = None, None
         if settings.from_teacher is not None:
-            recipe = settings.from_teacher.model_dump()
-            teacher = load_backbone(self.experiment.teacher.model or "", self.experiment.teacher.revision)
+            recipe = settings.from_teacher.chosen()
+            weights = recipe.pop("weights", "pretrained")
+            teacher = self._layers_source(finetuned if weights == "finetuned" else None)
         try:
             return build_student(
                 self.label_names,
@@ -191,9 +214,18 @@ class Materials:
                 teacher=teacher,
                 overrides=settings.overrides,
                 revision=settings.revision,
+                **({} if say is None else {"say": say}),
             )
         except (ValueError, TypeError) as error:
             raise UsageError(f"student.{error}") from error
+
+    def _layers_source(self, finetuned: tuple[str, str | None] | None) -> PreTrainedModel:
+        """The model whose layers the student takes: after its training, or before it and without a head."""
+        if finetuned is not None:
+            return load_classifier(*finetuned)
+        if self.lead.settings.model is None:
+            return self.new_teacher(self.lead)
+        return load_backbone(self.lead.settings.model, self.lead.settings.revision)
 
     @cached_property
     def objective(self) -> DistillationObjective:
@@ -215,10 +247,8 @@ class Materials:
         teacher = copy.copy(teacher)
         teacher.id2label = student.config.id2label
         sections = self.experiment.losses
-        objective = DistillationObjective(
-            {name: LOSSES[name](**section.arguments()) for name, section in sections.items()},
-            {name: section.weight for name, section in sections.items()},
-        )
+        weights = {name: section.weight for name, section in sections.items()}
+        objective = DistillationObjective(self.new_losses(), weights)
         try:
             objective.bind(ModelShape.from_config(student.config), ModelShape.from_config(teacher))
         except ValueError as error:
@@ -241,6 +271,21 @@ class Materials:
                 f"losses {', '.join(reading)} compare token by token, but teacher and student read different tokens "
                 f"({why}); use losses of the logits, pkd, or relations between examples"
             )
+
+    def new_losses(self) -> dict[str, DistillationLoss]:
+        """The losses of the experiment, unbound."""
+        return {name: LOSSES[name](**self.loss_arguments(s)) for name, s in self.experiment.losses.items()}
+
+    def loss_arguments(self, section: LossSection) -> dict[str, Any]:
+        """A loss's settings, what is to be taken from the data put in."""
+        arguments = section.arguments()
+        if arguments.get("class_weights") == BALANCED:
+            try:
+                weights = balanced_class_weights(self.splits.train["labels"], len(self.splits.label_names))
+            except ValueError as error:
+                raise UsageError(f"losses.ce.{error}") from None
+            arguments["class_weights"] = weights
+        return arguments
 
     def check_student(self) -> None:
         """Builds the student and sizes the losses once; raises as `objective` does."""

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import set_seed
+from accelerate.utils import broadcast_object_list
 
 from distill_nlp.config import STAGES, Experiment
 from distill_nlp.data import content_hash
-from distill_nlp.errors import UsageError
+from distill_nlp.doctor import Finding, compact_lines, examine, examine_teachers, guarded
+from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.fingerprints import Fingerprints, plain
-from distill_nlp.losses import LOSSES, CrossEntropyLoss, DistillationLoss
 from distill_nlp.materials import Materials
 from distill_nlp.report import REPORT_FILE, ReportTeacher, build_report, write_report
 from distill_nlp.stage_runner import StageRunner
-from distill_nlp.stage_training import Say, same_budget, training_arguments, versions
+from distill_nlp.stage_training import Say, training_arguments, versions
 from distill_nlp.stages import StageFolder, read_json, write_json
+from distill_nlp.student_stages import StudentStages
 from distill_nlp.teacher_stages import TeacherStages
 
 CONFIG_FILE = "config.json"
@@ -46,29 +49,104 @@ class Pipeline:
         self.prints = Fingerprints(experiment, self.materials)
         self.runner = StageRunner(experiment, self.materials, say)
         self.teachers = TeacherStages(self.runner, self.prints)
+        self.students = StudentStages(self.runner, self.prints)
         # What TrainingArguments refuse is refused before anything is loaded.
-        for section, where in ((experiment.training, "training"), (experiment.teacher_training(), "teacher.training")):
+        sections = [(experiment.training, "training"), (experiment.teacher_training(), "teacher.training")]
+        if experiment.phases:
+            own = enumerate(experiment.student_trainings())
+            sections += [(phase.training, f"phases.{i}.training") for i, phase in own]
+        for section, where in sections:
             try:
                 training_arguments(section, self.root, seed=0)
             except (ValueError, TypeError, ImportError) as error:
                 raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
 
-    def run(self, stages: Sequence[str] = STAGES) -> dict[str, Any] | None:
-        """Runs the stages named, in their order; gives the report, if it is among them, on the main rank."""
+    def run(self, stages: Sequence[str] = STAGES, doctor: bool = True) -> dict[str, Any] | None:
+        """Runs the stages named, in their order; gives the report, if it is among them, on the main rank.
+
+        Args:
+            stages: names.
+            doctor: examine the experiment first, and the teachers again when they are trained; see `examine`.
+
+        Raises:
+            UsageError: data, models and settings do not fit each other, or the doctor stops the run.
+        """
         self._check_materials()
         if "baseline" in stages or "student" in stages:
-            self.materials.check_student()
+            self.students.check()
+        doctor = doctor and self._is_something_to_train(stages)
+        if doctor:
+            self._heed(partial(self._examine, stages))
         if self.state.is_main_process:
             write_json(self.root / CONFIG_FILE, self.experiment.model_dump(mode="json", exclude_unset=True))
-        if "teacher" in stages:
-            self.teachers.train()
+        if "teacher" in stages and self.teachers.train() and doctor:
+            self._heed(partial(examine_teachers, self.materials, self.prints))
         for seed in self.experiment.seeds:
             if "baseline" in stages:
-                self._baseline_stage(seed)
+                self.students.baseline(seed)
             if "student" in stages:
-                self._student_stage(seed)
+                self.students.student(seed)
         # The other ranks are not needed for the report, and a barrier would time out on a long one.
         return self._report_stage() if "report" in stages and self.state.is_main_process else None
+
+    def rehearse(self) -> None:
+        """Two steps of every stage for the first seed, to see whether they go through; nothing is kept of them.
+
+        Raises:
+            UsageError: data, models and settings do not fit each other.
+            DistillError: the device has too little memory, or a loss is not finite.
+        """
+        self._check_materials()
+        self.students.check()
+        self.teachers.rehearse()
+        self.students.rehearse(self.experiment.seeds[0])
+
+    def examine(self) -> list[Finding]:
+        """What the doctor finds, with all checks that pass; the same on all ranks."""
+        # Loaded by all ranks together; what is wrong with them the doctor says.
+        with suppress(DistillError):
+            _ = self.materials.splits
+        return self._examined(self._examine)
+
+    def _examine(self, stages: Sequence[str] = STAGES) -> list[Finding]:
+        """All checks as the first phase of the student meets them, and of the others that their losses fit."""
+        if not self.experiment.phases:
+            return examine(self.materials, self.prints, stages)
+        views = self.students.views
+        found = examine(views[0], self.prints, stages)
+        for i, materials in enumerate(views[1:], 2):
+            name, objective = f"phase {i}", partial(getattr, materials, "objective")
+            found += guarded(name, lambda name=name, make=objective: Finding("ok", name, make().formula()))
+        return found
+
+    def _examined(self, checks: Callable[[], list[Finding]]) -> list[Finding]:
+        # The main rank alone: the others would only do the same work beside it.
+        found = checks() if self.state.is_main_process else None
+        return broadcast_object_list([found])[0]
+
+    def _heed(self, checks: Callable[[], list[Finding]]) -> None:
+        """Says what the doctor warns of, and ends the run at a stop."""
+        found = self._examined(checks)
+        if self.state.is_main_process:
+            for line in compact_lines(found):
+                self.runner.tell(line)
+        if stops := [finding for finding in found if finding.level == "stop"]:
+            raise UsageError(
+                f"the doctor stops the run: {'; '.join(finding.what for finding in stops)} (--no-doctor runs it all "
+                "the same)"
+            )
+
+    def _is_something_to_train(self, stages: Sequence[str]) -> bool:
+        """Whether a stage is not finished with these settings yet; the same on all ranks."""
+        wanted = []
+        if "teacher" in stages:
+            parts = [part for part in self.materials.teachers if part.finished is None]
+            wanted += [(part.name, self.prints.teachers[part.index]) for part in parts]
+        for kind, make in (("baseline", self.prints.baseline), ("student", self.prints.student)):
+            if kind in stages:
+                wanted += [(f"{kind}/seed-{seed}", make(seed)) for seed in self.experiment.seeds]
+        changes = [StageFolder(self.root / name).changes(fingerprint) for name, fingerprint in wanted]
+        return broadcast_object_list([any(change != [] for change in changes)])[0]
 
     def fill_cache(self) -> None:
         """Computes the teacher's answers for all rows that the students will learn from, ahead of their stage.
@@ -77,7 +155,7 @@ class Pipeline:
             UsageError: there is no finished teacher yet, or the students would not use the cache.
         """
         self._check_materials()
-        self.teachers.fill_cache()
+        self.students.fill_cache()
 
     def _check_materials(self) -> None:
         """Loads data and tokenizers before the first stage, so that what is wrong with them shows at once."""
@@ -96,65 +174,6 @@ class Pipeline:
         for part in self.materials.teachers:
             if part.prefix:
                 self.runner.say(part.name, f"reads tokens of its own, up to {part.max_length}")
-
-    # ---- baseline and student ----
-
-    @property
-    def _ce_arguments(self) -> dict[str, Any]:
-        """Settings of the cross-entropy, which the baseline shares with the student; its weight means nothing there."""
-        return self.experiment.losses["ce"].arguments() if "ce" in self.experiment.losses else {}
-
-    def _arguments(self, folder: StageFolder, seed: int, with_pool: bool) -> Any:
-        """The Trainer's arguments of a student. A pool sets the number of steps, also where not all of it is used."""
-        section, splits = self.experiment.training, self.materials.splits
-        if not with_pool:
-            section = section.model_copy(update={"unlabeled_ratio": None})
-        arguments = training_arguments(section, folder.checkpoints, seed)
-        all_used = with_pool and self.experiment.data.unlabeled_min_confidence is None
-        if splits.unlabeled is None or all_used:
-            return arguments
-        section = same_budget(section, arguments, len(splits.train) + len(splits.unlabeled))
-        return training_arguments(section, folder.checkpoints, seed)
-
-    def _baseline_stage(self, seed: int) -> None:
-        """The student's twin: the same initial weights, as many steps, the labels alone."""
-        name, folder = f"baseline, seed {seed}", StageFolder(self.root / "baseline" / f"seed-{seed}")
-        fingerprint = self.prints.baseline(seed)
-        if self.runner.is_done(folder, fingerprint, name):
-            return
-        set_seed(seed)
-        model = self.materials.new_student()
-        losses: dict[str, DistillationLoss] = {"ce": CrossEntropyLoss(**self._ce_arguments)}
-        self.runner.job(
-            name,
-            folder,
-            fingerprint,
-            model=model,
-            losses=losses,
-            train=self.materials.tokens(self.materials.splits.train),
-            arguments=self._arguments(folder, seed, with_pool=False),
-        ).run(self.runner.tell)
-
-    def _student_stage(self, seed: int) -> None:
-        name, folder = f"student, seed {seed}", StageFolder(self.root / "student" / f"seed-{seed}")
-        sections = self.experiment.losses
-        fingerprint = self.prints.student(seed)
-        if self.runner.is_done(folder, fingerprint, name):
-            return
-        # The same seed at the same point as in the baseline's stage: both start from the same weights.
-        set_seed(seed)
-        model = self.materials.new_student()
-        self.runner.job(
-            name,
-            folder,
-            fingerprint,
-            model=model,
-            losses={key: LOSSES[key](**section.arguments()) for key, section in sections.items()},
-            weights={key: section.weight for key, section in sections.items()},
-            teacher=self.teachers.for_students(),
-            train=self.teachers.student_rows,
-            arguments=self._arguments(folder, seed, with_pool=True),
-        ).run(self.runner.tell)
 
     # ---- the report ----
 
@@ -211,7 +230,9 @@ class Pipeline:
     def _stage_records(self) -> dict[str, Any]:
         """Steps, seconds and objective of each finished stage of these seeds."""
         names = [part.name for part in self.materials.teachers]
-        names += [f"{kind}/seed-{seed}" for seed in self.experiment.seeds for kind in ("baseline", "student")]
+        for seed in self.experiment.seeds:
+            before = [f"student/seed-{seed}-phase-{i}" for i in range(1, len(self.experiment.phases))]
+            names += [f"baseline/seed-{seed}", *before, f"student/seed-{seed}"]
         records = {}
         for name in names:
             if (record := StageFolder(self.root / name).record()) is not None:

@@ -23,8 +23,10 @@ class StageProgress(TrainerCallback):
         self.say = say
         self.bar: Any = None
         self.shown: dict[str, str] = {}
+        self.training = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = True
         if state.is_world_process_zero and sys.stderr.isatty():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, leave=False)
 
@@ -48,7 +50,7 @@ class StageProgress(TrainerCallback):
         if self.bar is not None:
             self.shown["validation"] = f"{accuracy:.4f}"
             self.bar.set_postfix(self.shown)
-        elif state.global_step < state.max_steps or not control.should_training_stop:
+        elif self.training and (state.global_step < state.max_steps or not control.should_training_stop):
             losses = ", ".join(f"{name} {value}" for name, value in self.shown.items())
             self.say(
                 f"{self.name:<20} step {state.global_step}/{state.max_steps}: validation accuracy {accuracy:.4f}"
@@ -56,6 +58,8 @@ class StageProgress(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The best model's evaluation, which may follow, is not of this step.
+        self.training = False
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
 
 from distill_nlp.config import Experiment
 from distill_nlp.errors import UsageError
@@ -30,6 +31,8 @@ class StageRunner:
         self.materials = materials
         self.root = Path(experiment.output_dir).expanduser()
         self.state = PartialState(cpu=experiment.training.use_cpu)
+        # Of every training, beside those of the stage itself.
+        self.callbacks: list[TrainerCallback] = []
         self.tell = say
 
     def say(self, stage: str, line: str) -> None:
@@ -81,5 +84,6 @@ class StageRunner:
             validation=materials.tokens(materials.splits.validation, reader),
             tokenizer=materials.tokenizer if reader is None else reader.tokenizer,
             max_length=self.experiment.data.max_length if reader is None else reader.max_length,
+            callbacks=self.callbacks,
             **parts,
         )

@@ -6,14 +6,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import distill_nlp
@@ -24,11 +24,13 @@ from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.losses import DistillationLoss
 from distill_nlp.metrics import compute_metrics
 from distill_nlp.progress import StageProgress
+from distill_nlp.rehearsal import passing_folder, rehearsal
 from distill_nlp.schedules import Setting
 from distill_nlp.stages import Fingerprint, StageFolder, write_json
 from distill_nlp.teacher import CachedTeacher, Teacher
 from distill_nlp.terms import FormulaPrinter
 from distill_nlp.trainer import DistillationTrainer
+from distill_nlp.training_end import reason_of_early_stop, take_over_the_end
 
 Say = Callable[[str], None]
 
@@ -54,6 +56,16 @@ _OF_SEVERAL_TERMS = {
     "term_gradient_norm_steps",
 }
 
+# Settings that count only where they are not at their default: what is new must not make old results stale.
+_NEW = {
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "freeze",
+    "layer_learning_rate_decay",
+    "unfreeze_every",
+    "unlabeled_ratio",
+} | _OF_SEVERAL_TERMS
+
 
 @dataclass
 class TrainingJob:
@@ -69,6 +81,7 @@ class TrainingJob:
         arguments: of the Trainer.
         tokenizer: saved with the model.
         max_length: of the rows, in tokens.
+        callbacks: of the Trainer, beside those of the stage.
     """
 
     name: str
@@ -83,6 +96,7 @@ class TrainingJob:
     max_length: int
     teacher: Teacher | TeacherEnsemble | CachedTeacher | None = None
     weights: dict[str, Setting] | None = None
+    callbacks: Sequence[TrainerCallback] = ()
 
     def run(self, say: Say) -> None:
         """Trains, keeps the best checkpoint by the validation metric, and finishes the folder.
@@ -91,40 +105,37 @@ class TrainingJob:
             UsageError: models, losses and lengths do not fit.
             DistillError: the device has too little memory.
         """
-        longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        if longest is not None and longest < self.max_length:
-            raise UsageError(
-                f"data.max_length is {self.max_length}, but the model of the stage {self.name} reads at most {longest} "
-                "tokens"
-            )
+        self._check_length()
         state = PartialState()
         if state.is_main_process:
             self.folder.begin(self.fingerprint)
         state.wait_for_everyone()
-        trainer = self._trainer(say)
+        trainer = self._trainer(say, self.arguments, self.validation)
         checkpoint = self.folder.last_checkpoint()
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         going_on = f", going on from {checkpoint.name}" if checkpoint else ""
         say(f"{self.name:<20} {parameters:.1f}M parameters, loss {trainer.objective.formula()}{going_on}")
         start = time.monotonic()
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except torch.OutOfMemoryError as error:
-            raise DistillError(
-                f"{self.name}: out of memory; lower training.per_device_train_batch_size (and raise "
-                "gradient_accumulation_steps by as much) or data.max_length, or set training.gradient_checkpointing"
-            ) from error
+        if checkpoint is None or not take_over_the_end(trainer, checkpoint):
+            self._train(trainer, checkpoint)
         seconds = time.monotonic() - start
+        reason = reason_of_early_stop(trainer)
+        if reason:
+            say(f"{self.name:<20} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: {reason}")
         metrics = trainer.evaluate()
         trainer.save_model(str(self.folder.result))
         if state.is_main_process:
             write_json(self.folder.result / "training_log.json", {"log": trainer.state.log_history})
+            # TensorBoard's files, which would go with the checkpoints.
+            if (self.folder.checkpoints / "runs").is_dir():
+                (self.folder.checkpoints / "runs").rename(self.folder.result / "runs")
             self.folder.finish(
                 {
                     "stage": self.name,
                     "fingerprint": self.fingerprint,
                     "objective": trainer.objective.formula(),
                     "steps": trainer.state.global_step,
+                    "stopped_early": {"step": trainer.state.global_step, "why": reason} if reason else None,
                     "best_step": trainer.state.best_global_step,
                     "seconds": round(seconds, 1),
                     # The seconds are those of the last attempt.
@@ -139,19 +150,68 @@ class TrainingJob:
             f"{metrics['eval_accuracy']:.4f} → {self.folder.path}"
         )
 
-    def _trainer(self, say: Say) -> DistillationTrainer:
+    def rehearse(self, say: Say) -> None:
+        """All that `run` does, in small: two steps, an evaluation of one batch, a checkpoint that is loaded again.
+
+        Nothing is kept of it on disk, and no tracker hears of it; `model` has taken the two steps.
+
+        Raises:
+            UsageError: models, losses and lengths do not fit.
+            DistillError: the device has too little memory, or a loss is not finite.
+        """
+        self._check_length()
+        state, start = PartialState(), time.monotonic()
+        folder = self.folder.path.with_name(self.folder.path.name + ".rehearsal")
+        rows = min(len(self.validation), self.arguments.per_device_eval_batch_size * state.num_processes)
+        with passing_folder(folder, state):
+            trainer = self._trainer(say, rehearsal(self.arguments, folder), self.validation.select(range(rows)))
+            self._train(trainer, None)
+            trainer.save_model(str(folder / "result"))
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        if not all(map(math.isfinite, losses)):
+            shown = " and ".join(f"{loss:g}" for loss in losses)
+            raise DistillError(
+                f"{self.name}: the loss of the first steps is {shown}; check the precision "
+                "(training.bf16, training.fp16) and the losses' settings"
+            )
+        say(
+            f"{self.name:<20} dry run: {trainer.state.global_step} steps with loss "
+            f"{' and '.join(f'{loss:.4f}' for loss in losses)}, evaluated on {rows} rows, saved and loaded again in "
+            f"{time.monotonic() - start:.0f} s; nothing is kept"
+        )
+
+    def _check_length(self) -> None:
+        longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        if longest is not None and longest < self.max_length:
+            raise UsageError(
+                f"data.max_length is {self.max_length}, but the model of the stage {self.name} reads at most {longest} "
+                "tokens"
+            )
+
+    def _train(self, trainer: DistillationTrainer, checkpoint: Path | None) -> None:
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            raise DistillError(
+                f"{self.name}: out of memory; lower training.per_device_train_batch_size (and raise "
+                "gradient_accumulation_steps by as much) or data.max_length, or set training.gradient_checkpointing"
+            ) from error
+
+    def _trainer(self, say: Say, arguments: DistillationArguments, validation: Any) -> DistillationTrainer:
+        # Else a tracker names each stage by chance.
+        arguments.run_name = arguments.run_name or self.name
         try:
             trainer = DistillationTrainer(
                 model=self.model,
                 teacher=self.teacher,
                 losses=self.losses,
                 loss_weights=self.weights,
-                args=self.arguments,
+                args=arguments,
                 train_dataset=self.train,
-                eval_dataset=self.validation,
+                eval_dataset=validation,
                 processing_class=self.tokenizer,
                 compute_metrics=compute_metrics,
-                callbacks=[StageProgress(self.name, say)],
+                callbacks=[StageProgress(self.name, say), *self.callbacks],
             )
         except ValueError as error:
             raise UsageError(f"{self.name}: {error}") from error
@@ -216,10 +276,10 @@ def effective(section: TrainingSection, of_student: bool) -> dict[str, Any]:
     left_out = _COSMETIC if of_student else _COSMETIC | _OF_SEVERAL_TERMS | {"unlabeled_ratio"}
     if section.loss_balancing == "none":
         left_out = left_out | {"term_gradient_norm_steps"}
-    # What stands at its default is left out as well: a setting that is new must not make old results stale.
+    if section.early_stopping_patience is None:
+        left_out = left_out | {"early_stopping_threshold"}
     fields = TrainingSection.model_fields
-    new = _OF_SEVERAL_TERMS | {"unlabeled_ratio"}
-    left_out = left_out | {k for k in new if getattr(section, k) == fields[k].default}
+    left_out = left_out | {k for k in _NEW if getattr(section, k) == fields[k].default}
     return {k: v for k, v in section.model_dump(mode="json").items() if k not in left_out}
 
 

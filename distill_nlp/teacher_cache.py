@@ -227,7 +227,7 @@ class AnswerCache:
         """
         rows = np.fromiter((self._rows[key] for key in keys), dtype=np.int64, count=len(keys))
         values = np.empty((len(rows), self._blocks[0].shape[1] if self._blocks else 0), dtype=np.float32)
-        order = np.argsort(rows, kind="stable")
+        order = np.argsort(rows)
         parts = np.split(order, np.searchsorted(rows[order], self._starts[1:-1]))
         for block, start, places in zip(self._blocks, self._starts, parts, strict=False):
             values[places] = block[torch.from_numpy(rows[places] - start)].float().numpy()

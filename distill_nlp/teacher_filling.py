@@ -105,9 +105,12 @@ class TeacherFilling:
                 f"{time.monotonic() - start:.0f} s; {'; '.join(map(_summary, self._caches.values()))}"
             )
 
-    def values_of(self, state: State | None) -> np.ndarray:
-        """(N, W) in float32 of all rows: the logits (None) in the teacher's own order of labels, or these states."""
-        return self._caches[state].values_of(self._keys)
+    def take(self, state: State | None) -> np.ndarray:
+        """(N, W) in float32 of all rows: the logits (None) in the teacher's own order of labels, or these states.
+
+        They can be taken once: states are large, and what was read of them is let go.
+        """
+        return self._caches.pop(state).values_of(self._keys)
 
     def _read(self) -> None:
         for cache in self._caches.values():

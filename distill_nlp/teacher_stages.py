@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from distill_nlp.cache_filling import cached_answers
 from distill_nlp.ensemble import TeacherEnsemble
@@ -17,7 +17,7 @@ from distill_nlp.loading import load_classifier, load_config
 from distill_nlp.losses import CrossEntropyLoss
 from distill_nlp.pool import add_pseudo_labels, drop_unconfident
 from distill_nlp.stage_runner import StageRunner
-from distill_nlp.stage_training import training_arguments
+from distill_nlp.stage_training import TrainingJob, training_arguments
 from distill_nlp.stages import StageFolder
 from distill_nlp.student import label_arguments
 from distill_nlp.teacher import TEACHER_LOGITS, CachedTeacher, Teacher
@@ -40,31 +40,44 @@ class TeacherStages:
         self.experiment = runner.experiment
         self.materials = runner.materials
 
-    def train(self) -> None:
-        """Fine-tunes each teacher that is no classifier for these labels yet."""
-        for part in self.materials.teachers:
-            self._train(part)
+    def train(self) -> bool:
+        """Fine-tunes each teacher that is no classifier for these labels yet; whether there was one."""
+        return any([self._train(part) for part in self.materials.teachers])
 
-    def _train(self, part: TeacherPart) -> None:
+    def _train(self, part: TeacherPart) -> bool:
         if part.finished is not None:
             self.runner.say(part.name, f"{part.settings.model} is a classifier for these labels already: not trained")
-            return
+            return False
         folder = StageFolder(self.runner.root / part.name)
-        fingerprint = self.prints.teachers[part.index]
-        if self.runner.is_done(folder, fingerprint, part.name):
-            return
-        seed = part.settings.seed
+        if self.runner.is_done(folder, self.prints.teachers[part.index], part.name):
+            return False
+        self._job(part).run(self.runner.tell)
+        return True
+
+    def rehearse(self) -> None:
+        """Two steps of each teacher that is to be fine-tuned; nothing is kept of them."""
+        for part in self.materials.teachers:
+            if not self._is_there(part):
+                self._job(part).rehearse(self.runner.tell)
+
+    def _is_there(self, part: TeacherPart) -> bool:
+        """Whether the teacher is finished: given so, or by its stage."""
+        folder = StageFolder(self.runner.root / part.name)
+        return part.finished is not None or folder.changes(self.prints.teachers[part.index]) == []
+
+    def _job(self, part: TeacherPart) -> TrainingJob:
+        folder, seed = StageFolder(self.runner.root / part.name), part.settings.seed
         set_seed(seed)
-        self.runner.job(
+        return self.runner.job(
             part.name,
             folder,
-            fingerprint,
+            self.prints.teachers[part.index],
             part,
             model=self.materials.new_teacher(part),
             losses={"ce": CrossEntropyLoss()},
             train=self.materials.tokens(self.materials.splits.teacher_train, part),
             arguments=training_arguments(self.experiment.teacher_training(), folder.checkpoints, seed),
-        ).run(self.runner.tell)
+        )
 
     def source(self, part: TeacherPart) -> tuple[str, str | None]:
         """Where the fine-tuned teacher lies: folder or Hub id, and revision.
@@ -82,17 +95,26 @@ class TeacherStages:
     def for_students(self) -> Teacher | TeacherEnsemble | CachedTeacher:
         """The teacher as the students' trainer takes it."""
         parts = self.materials.teachers
-        _ = self.materials.readers
         if self.materials.live_because is None:
             return CachedTeacher(self._answers_config, parts[0].settings.restrict_labels)
+        return self._live([load_classifier(*self.source(part)) for part in parts])
+
+    def for_rehearsal(self) -> Teacher | TeacherEnsemble:
+        """The same running live, as it will be made where it is not trained yet."""
+        parts, new = self.materials.teachers, self.materials.new_teacher
+        return self._live([load_classifier(*self.source(p)) if self._is_there(p) else new(p) for p in parts])
+
+    def _live(self, models: list[PreTrainedModel]) -> Teacher | TeacherEnsemble:
+        parts = self.materials.teachers
+        _ = self.materials.readers
         members = [
             Teacher(
-                load_classifier(*self.source(part)),
+                model,
                 part.tokenizer if part.prefix else None,
                 prefix=part.prefix,
                 restrict_labels=part.settings.restrict_labels,
             )
-            for part in parts
+            for part, model in zip(parts, models, strict=True)
         ]
         if len(members) == 1:
             return members[0]
@@ -165,11 +187,5 @@ class TeacherStages:
             raise DistillError(f"teacher cache: out of memory; {hint}") from error
 
     def fill_cache(self) -> None:
-        """Computes the teacher's answers for all rows that the students will learn from, ahead of their stage.
-
-        Raises:
-            UsageError: there is no finished teacher yet, or the students would not use the cache.
-        """
-        if (reason := self.materials.live_because) is not None:
-            raise UsageError(f"nothing to cache: {reason}")
+        """Computes the teacher's answers for all rows that the students will learn from, ahead of their stage."""
         self._answered(self.materials.objective.pooled_states())

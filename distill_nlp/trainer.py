@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, set_seed
+from transformers import EarlyStoppingCallback, Trainer, set_seed
 
 from distill_nlp.arguments import DistillationArguments, setting_of
 from distill_nlp.checkpoints import load_weights, save_objective, save_student
 from distill_nlp.collation import DistillationCollator
+from distill_nlp.combinations import refuse_layer_decay, refuse_where_sharded
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.gradient_meter import GradientMeter
 from distill_nlp.labels import check_data_labels
@@ -20,7 +20,9 @@ from distill_nlp.losses.base import IGNORE_INDEX, DistillationLoss
 from distill_nlp.modeling import DistillationModel, accepted_arguments
 from distill_nlp.objective import DistillationObjective, Shares
 from distill_nlp.outputs import DistillationOutput
-from distill_nlp.projections import fit_projections, projected_losses, separate_projections, spread_rows
+from distill_nlp.parameter_groups import Freezing, layer_factors, scale_by_layer
+from distill_nlp.projections import fit_projections, projected_losses, separate_projections
+from distill_nlp.sample_batches import sample_batches
 from distill_nlp.sampling import mixed_sampler
 from distill_nlp.schedules import Setting
 from distill_nlp.teacher import TEACHER_PREFIX, CachedTeacher, Teacher, bind_teacher
@@ -93,6 +95,8 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"losses {', '.join(needing)} need a teacher; pass teacher=")
         if objective.needs_teacher and not set(model.parameters()).isdisjoint(teacher.parameters()):
             raise ValueError("the student and the teacher share parameters, which would be frozen; pass a copy of one")
+        refuse_layer_decay(args, model, kwargs.get("optimizers", (None, None))[0] is not None)
+        self._freezing = Freezing(model, setting_of(args, "freeze"), setting_of(args, "unfreeze_every"))
         # The Trainer seeds itself only later; the projections are drawn here.
         set_seed(args.seed)
         wrapped = DistillationModel(model, objective, teacher.config if objective.needs_teacher else None)
@@ -111,33 +115,22 @@ class DistillationTrainer(Trainer):
         if self.train_dataset is not None and setting_of(self.args, "unlabeled_ratio") is not None:
             self._get_train_sampler()  # refuses data that it cannot serve; of a stream, the Trainer would never ask
         self._begin_training()
-        self._refuse_where_sharded()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            refuse_where_sharded(self.args, objective, measures=self._meter.every > 0)
         if self.args.torch_compile and self._meter.every:
             # Else a compiled backward gives its buffers away, and the gradient of the next term finds none.
             torch._functorch.config.donated_buffer = False
         self._fitted = False
         self._saving_checkpoint = False
         self.add_callback(FormulaPrinter(objective.formula))
+        if (patience := setting_of(self.args, "early_stopping_patience")) is not None:
+            self.add_callback(EarlyStoppingCallback(patience, setting_of(self.args, "early_stopping_threshold")))
 
     def _begin_training(self) -> None:
+        self._freezing.begin()
         self._terms = TermLog()
         every = setting_of(self.args, "term_gradient_norm_steps")
         self._meter = GradientMeter(self.objective, self.student, every, self._terms, self.accelerator)
-
-    def _refuse_where_sharded(self) -> None:
-        """Refuses what reads whole parameters or gradients outside of backward, where no rank has them."""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return
-        if self._meter.every:
-            raise ValueError(
-                "term_gradient_norm_steps and loss_balancing need whole gradients on each rank, which FSDP and "
-                "DeepSpeed do not keep"
-            )
-        if fitted := projected_losses(self.objective):
-            raise ValueError(
-                f"losses.{next(iter(fitted))}: projection_init least_squares runs before FSDP or DeepSpeed take the "
-                "model; use random"
-            )
 
     @property
     def student(self) -> nn.Module:
@@ -203,6 +196,12 @@ class DistillationTrainer(Trainer):
             self._meter.take(outputs.terms, shares)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`; what is frozen for now has no gradient that could be clipped or applied."""
+        loss = super().training_step(*args, **kwargs)
+        self._freezing.drop_gradients(self.state.global_step)
+        return loss
+
     def _count_rows(self, batch: dict[str, Any]) -> torch.Tensor:
         """(rows, labeled rows) of one batch, on its device."""
         labels = batch.get("labels")
@@ -229,24 +228,14 @@ class DistillationTrainer(Trainer):
             fit_projections(
                 self._distillation_model,
                 self.teacher,
-                self._some_batches(setting_of(self.args, "projection_init_batches")),
+                sample_batches(self, setting_of(self.args, "projection_init_batches")),
                 lambda x: self.accelerator.reduce(x.to(device), reduction="sum").cpu() if several else x,
             )
         self._fitted = True
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _some_batches(self, count: int) -> Iterator[dict[str, Any]]:
-        """Batches of rows spread over the training data, this rank's share; the order of training is untouched."""
-        data, collate = self.train_dataset, self.data_collator
-        if hasattr(data, "column_names") and hasattr(data, "__len__"):
-            data = self._remove_unused_columns(data, description="training")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="training")
-        rank, ranks = self.args.process_index, self.args.world_size
-        rows = spread_rows(data, count * self.args.per_device_train_batch_size * ranks)[rank::ranks]
-        # A generator of its own: a loader draws a seed even where it shuffles nothing.
-        size, generator = self.args.per_device_train_batch_size, torch.Generator()
-        return map(self._prepare_inputs, DataLoader(Subset(data, rows), size, collate_fn=collate, generator=generator))
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._freezing.end()
 
     # ---- data and optimizer ----
 
@@ -268,9 +257,12 @@ class DistillationTrainer(Trainer):
         self._signature_columns = sorted(columns | {"labels", "label", "label_ids"} | set(self.label_names))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer; the projections in groups of their own where they have rules of their own."""
+        """The Trainer's optimizer; blocks and projections in groups of their own where they have rules of their own."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        layer_decay = setting_of(self.args, "layer_learning_rate_decay")
+        if is_new and layer_decay != 1.0:
+            scale_by_layer(optimizer, layer_factors(self.student, layer_decay))
         factor = setting_of(self.args, "projection_learning_rate_factor")
         decay = setting_of(self.args, "projection_weight_decay")
         if is_new and (factor != 1.0 or decay is not None):

@@ -100,3 +100,10 @@ def experiment(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def no_doctor(monkeypatch):
+    """`run` without its examination, which would rightly stop at teachers of random weights."""
+    for name in ("examine", "examine_teachers"):
+        monkeypatch.setattr(f"distill_nlp.pipeline.{name}", lambda *arguments: [])

@@ -14,6 +14,7 @@ from helpers import BINARY, make_student, make_teacher, make_tokenizer, swapped_
 from distill_nlp.cli import main
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("no_doctor")
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

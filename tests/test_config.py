@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill_nlp.cli import _dotted, _value
+from distill_nlp.cli_settings import dotted, value_of
 from distill_nlp.config_file import leaves, load_experiment
 from distill_nlp.errors import UsageError
 
@@ -155,9 +155,9 @@ def test_the_teachers_logits_are_kept_unless_the_config_says_otherwise(write):
     assert experiment.teacher.cache is False
     assert experiment.cache_dir == "somewhere"
     fields = dict(leaves())
-    assert _value("false", "teacher.cache", fields["teacher.cache"]) is False
-    assert _value("null", "cache_dir", fields["cache_dir"]) is None
-    assert _value("7", "cache_dir", fields["cache_dir"]) == "7"
+    assert value_of("false", "teacher.cache", fields["teacher.cache"]) is False
+    assert value_of("null", "cache_dir", fields["cache_dir"]) is None
+    assert value_of("7", "cache_dir", fields["cache_dir"]) == "7"
     with pytest.raises(UsageError, match="teacher.cache: input should be a valid boolean"):
         load_experiment(write(MINIMAL), {"teacher.cache": "often"})
 
@@ -171,7 +171,7 @@ def test_values_of_the_command_line_are_yaml():
     fields = dict(leaves())
 
     def value(text, name):
-        return _value(text, name, fields[name])
+        return value_of(text, name, fields[name])
 
     assert value("0,1,2", "seeds") == [0, 1, 2]
     assert value("[3, 4]", "seeds") == [3, 4]
@@ -184,12 +184,12 @@ def test_values_of_the_command_line_are_yaml():
     assert value("true", "training.bf16") is True
     with pytest.raises(UsageError, match="--training.bf16: '@' is not valid YAML"):
         value("@", "training.bf16")
-    assert _dotted(["--losses.kl.temperature", "4", "--losses.hidden.layers=[[1, 2]]"]) == {
+    assert dotted(["--losses.kl.temperature", "4", "--losses.hidden.layers=[[1, 2]]"]) == {
         "losses.kl.temperature": 4,
         "losses.hidden.layers": [[1, 2]],
     }
     with pytest.raises(UsageError, match="needs a value"):
-        _dotted(["--losses.kl.temperature"])
+        dotted(["--losses.kl.temperature"])
 
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -207,8 +207,12 @@ def test_every_config_parses(path):
         config = load_config_from_file(str(path))
         assert config.num_processes >= 1
         assert config.mixed_precision in ("no", "bf16")
+    elif path.parent.name == "sweeps":
+        from distill_nlp.sweep import load_sweep
+
+        assert load_sweep(path).sweep.space
     else:
-        assert load_experiment(path).losses
+        assert all(one.losses for one in load_experiment(path).student_trainings())
 
 
 def test_weights_and_temperatures_may_follow_a_schedule_in_the_file_and_on_the_command_line(write):

@@ -39,10 +39,15 @@ FLOORS = {
     "projections": 3,
     "gradient_meter": 3,
     "arguments": 4,
+    "combinations": 4,
+    "parameter_groups": 4,
+    "sample_batches": 4,
     "sampling": 4,
     "trainer": 4,
     "pipeline": 6,
+    "sweep": 7,
     "cli": 7,
+    "cli_settings": 5,
     "__main__": 7,
 }
 BESIDE = 5

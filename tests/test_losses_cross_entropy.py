@@ -17,6 +17,7 @@ from references_logits import (
 )
 
 from distill_nlp.losses import CrossEntropyLoss
+from distill_nlp.losses.cross_entropy import balanced_class_weights
 
 WEIGHTS = [0.5, 1.0, 3.0]
 LABELS = {
@@ -223,7 +224,8 @@ def test_class_weights_follow_the_module_but_are_not_saved():
         ({"class_weights": [1.0, 0.0]}, "class_weights must be > 0, got 0.0"),
         ({"class_weights": [1.0, float("nan")]}, "class_weights must be > 0, got nan"),
         ({"class_weights": [1.0, "2"]}, "class_weights must be > 0, got '2'"),
-        ({"class_weights": 2.0}, "class_weights must be a list of one number per class, got 2.0"),
+        ({"class_weights": 2.0}, 'class_weights must be a list of one number per class, or "balanced", got 2.0'),
+        ({"class_weights": "even"}, "got 'even'"),
         ({"class_weights": {"a": 1.0}}, "class_weights must be a list of one number per class"),
     ],
 )
@@ -275,3 +277,47 @@ def test_describes_its_settings():
     assert CrossEntropyLoss(label_smoothing=0.1).describe() == "smoothing=0.1"
     assert CrossEntropyLoss(class_weights=WEIGHTS).describe() == "weights=0.5/1/3"
     assert CrossEntropyLoss(0.1, [1, 2]).describe() == "smoothing=0.1, weights=1/2"
+
+
+# ---- balanced class weights ----
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_balanced_weights_are_the_number_of_rows_over_classes_times_those_of_the_class(as_tensor):
+    labels = [0, 0, 0, -100, 1, 2, 2, 0, 0, -100, 2, 0]
+    expected = [10 / (3 * 6), 10 / (3 * 1), 10 / (3 * 3)]
+    assert balanced_class_weights(torch.tensor(labels) if as_tensor else labels, 3) == pytest.approx(expected)
+    assert balanced_class_weights(np.array(labels), 3) == pytest.approx(expected)
+
+
+def test_balanced_weights_have_the_mean_one_over_the_rows():
+    labels = torch.tensor([0] * 7 + [1] * 2 + [2])
+    weights = torch.tensor(balanced_class_weights(labels, 3))
+    assert weights[labels].mean().item() == pytest.approx(1.0)
+    assert [weights[labels][labels == c].sum().item() for c in range(3)] == pytest.approx([10 / 3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 0, 2], "balanced needs a training row of each class; there is none of 1$"),
+        ([0, -100], "there is none of 1, 2$"),
+        ([-100, -100], "there is none of 0, 1, 2$"),
+        ([0, 1, 3], r"balanced class weights need labels from 0 to 2, got \[0, 1, 3\]"),
+        ([0, -1], r"need labels from 0 to 2, got \[-1, 0\]"),
+        ([0.5, 1.0], r"balanced class weights need \(N,\) integer labels, got torch.float32 of shape \(2,\)"),
+        ([[0, 1], [1, 0]], r"need \(N,\) integer labels, got torch.int64 of shape \(2, 2\)"),
+    ],
+)
+def test_balanced_weights_need_a_row_of_each_class(labels, message):
+    with pytest.raises(ValueError, match=message):
+        balanced_class_weights(labels, 3)
+
+
+def test_balanced_weights_that_nobody_put_in_numbers_are_refused():
+    loss = CrossEntropyLoss(class_weights="balanced")
+    assert loss.describe() == "weights=balanced"
+    with pytest.raises(ValueError, match='class_weights "balanced" must be put in numbers first: CrossEntropyLoss'):
+        bound(CrossEntropyLoss(0.1, class_weights="balanced"), 3, SINGLE_LABEL)
+    with pytest.raises(ValueError, match='class_weights "balanced" must be put in numbers first'):
+        loss(features(random_logits(0)), None, torch.tensor([0, 1, 2, 0, 1]), None)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from distill_nlp.cli import main
 from distill_nlp.report.render import REPORT_FILE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_doctor")]
 
 STUDENT = {
     "config": {

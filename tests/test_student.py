@@ -16,13 +16,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     DistilBertForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 from distill_nlp import build_student
 from distill_nlp.capture import enable_attention_capture, forward_with_features
-from distill_nlp.student import select_layers
+from distill_nlp.student_layers import select_layers
 
 SMALL = {"model_type": "distilbert", "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 32, "vocab_size": 100}
 SIX_LAYERS = {"num_hidden_layers": 6}
@@ -54,7 +52,9 @@ def test_exactly_one_way_is_given(ways):
 
 
 def test_from_config_has_the_sizes_and_the_labels():
-    student = build_student(LABELS, config=SMALL)
+    lines = []
+    student = build_student(LABELS, config=SMALL, say=lines.append)
+    assert lines == ["student: distilbert from scratch"]
     assert isinstance(student, DistilBertForSequenceClassification)
     assert (student.config.dim, student.config.n_layers, student.config.n_heads) == (24, 2, 3)
     assert student.config.id2label == dict(enumerate(LABELS))
@@ -104,7 +104,9 @@ def test_from_config_refuses_by_name(changes, message):
 
 def test_from_a_checkpoint_keeps_the_body_and_makes_a_head(tmp_path):
     make_student(**label_config(("no", "yes"))).save_pretrained(tmp_path)
-    student = build_student(LABELS, model=str(tmp_path))
+    lines = []
+    student = build_student(LABELS, model=str(tmp_path), say=lines.append)
+    assert lines == [f"student: distilbert from {tmp_path}"]
     source = DistilBertForSequenceClassification.from_pretrained(tmp_path)
     assert student.classifier.out_features == 3
     assert student.config.id2label == dict(enumerate(LABELS))
@@ -192,27 +194,6 @@ def test_takes_the_blocks_asked_for(select, layers, blocks, architecture):
             )
 
 
-def test_same_architecture_with_all_blocks_is_the_teacher_but_for_the_head():
-    teacher = make_bert()
-    student = build_student(LABELS, from_teacher={"layers": 4, "architecture": "same"}, teacher=teacher)
-    assert isinstance(student, BertForSequenceClassification)
-    theirs = parameters_of(teacher.bert)
-    assert parameters_of(student.bert).keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in parameters_of(student.bert).items())
-    assert not torch.equal(student.classifier.weight, teacher.classifier.weight)
-
-
-def test_same_architecture_serves_roberta():
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40}
-    config = RobertaConfig(vocab_size=100, num_hidden_layers=4, pad_token_id=0, **sizes, **label_config())
-    teacher = RobertaForSequenceClassification(config).eval()
-    student = build_student(LABELS, from_teacher={"layers": 2, "architecture": "same"}, teacher=teacher)
-    assert isinstance(student, RobertaForSequenceClassification)
-    for new, block in enumerate((1, 3)):
-        mine, theirs = student.roberta.encoder.layer[new], teacher.roberta.encoder.layer[block]
-        assert torch.equal(mine.output.dense.weight, theirs.output.dense.weight)
-
-
 @pytest.mark.parametrize("architecture", ["distilbert", "same"])
 def test_student_and_teacher_share_no_memory(architecture):
     teacher = make_bert()
@@ -273,7 +254,8 @@ def test_reloading_gives_the_same_logits(architecture, tmp_path):
         ({"layers": 2, "select": "middle"}, "select must be uniform, first, last or a list, got 'middle'"),
         ({"layers": 2, "select": [1]}, r"must name 2 blocks in 1\.\.4, got \[1\]"),
         ({"layers": 2, "select": [0, 4]}, r"must name 2 blocks in 1\.\.4, got \[0, 4\]"),
-        ({"layers": 2, "architecture": "tiny"}, "architecture must be distilbert or same, got 'tiny'"),
+        ({"layers": 2, "architecture": "tiny"}, "from_teacher.architecture must be distilbert or same, got 'tiny'"),
+        ({"layers": 2, "head": "copied"}, "from_teacher.head must be auto or random, got 'copied'"),
     ],
 )
 def test_from_teacher_refuses_what_does_not_fit(settings, message):

@@ -481,6 +481,23 @@ def test_a_folder_is_loaded_when_rows_are_missing(fill, tmp_path):
     assert "0.0% there, 16 computed" in fill.lines[0]
 
 
+def test_a_teacher_is_loaded_in_its_revision_onto_its_device(tmp_path, monkeypatch):
+    make_teacher().save_pretrained(tmp_path)
+    asked, load = [], teacher_source.load_classifier
+    monkeypatch.setattr(teacher_source, "load_classifier", lambda *which: asked.append(which) or load(which[0]))
+    assert TeacherSource(tmp_path, "v2", device="meta").model.device.type == "meta"
+    assert TeacherSource(tmp_path).model.device == teacher_source.launch().device
+    assert asked == [(str(tmp_path), "v2"), (str(tmp_path), None)]
+
+
+def test_the_revision_of_a_teacher_reaches_its_source(fill, tmp_path, monkeypatch):
+    make_teacher().save_pretrained(tmp_path / "teacher")
+    asked, load = [], teacher_source.load_config
+    monkeypatch.setattr(teacher_source, "load_config", lambda *which: asked.append(which) or load(which[0]))
+    fill(tmp_path / "teacher", revision="v3")
+    assert asked == [(str(tmp_path / "teacher"), "v3")]
+
+
 def interrupt_after(calls, error=KeyboardInterrupt):
     """A teacher that fails at a later call, and the rows that it was asked for before."""
     teacher, seen = counted(make_teacher())

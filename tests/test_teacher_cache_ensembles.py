@@ -373,7 +373,8 @@ def test_bad_descriptions_are_refused(tmp_path, count, settings, message):
 
 
 def test_no_rows_are_no_problem(tmp_path):
-    rows, _ = cached(tmp_path, TeacherEnsemble([make_teacher(1), make_teacher(7)]), make_dataset(2).select([]))
+    members = [make_teacher(1), permuted(make_teacher(7), [1, 2, 0])]
+    rows, _ = cached(tmp_path, TeacherEnsemble(members), make_dataset(2).select([]))
     assert len(rows) == 0
     assert "teacher_logits" in rows.column_names
 

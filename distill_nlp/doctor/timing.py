@@ -1,0 +1,147 @@
+"""The time of the stages that are left, from real steps of each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_nlp.config import TrainingSection
+from distill_nlp.doctor.findings import Finding
+from distill_nlp.doctor.measure import Batch, Step, StepTime, batches_by_length, time_answers, time_step
+from distill_nlp.doctor.plan import StageTime, check_time, evaluations
+from distill_nlp.doctor.subject import Subject
+from distill_nlp.stage_training import same_budget, training_arguments
+from distill_nlp.stages import Fingerprint
+
+FORWARD_SHARE = 1 / 3
+"""A forward pass of a training step: backward takes two."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Stages that share a step: a teacher's, the baselines', or the students'."""
+
+    name: str
+    paths: dict[Path, Fingerprint]
+    section: TrainingSection
+    rows: int
+    step: Callable[[], Step]
+    batch_of: Callable[[], Callable[[float, int], Batch]]
+
+
+def check_run_time(subject: Subject, stages: Sequence[str], seconds: float) -> Finding:
+    """Times a few steps of each kind of stage that is left, and adds up.
+
+    Args:
+        stages: that are to run.
+        seconds: for the timing, roughly.
+    """
+    left = [kind for kind in _kinds(subject, stages) if any(_left(subject, kind).values())]
+    if not left:
+        return check_time([], "")
+    start = time.perf_counter()
+    materials = subject.materials
+    cached = "student" in [kind.name for kind in left] and materials.live_because is None
+    share = seconds / (len(left) + cached)
+    found: list[StageTime] = []
+    timed: list[StepTime] = []
+    forward: dict[str, float] = {}
+    for kind in left:
+        taken = time_step(kind.step(), kind.batch_of(), kind.section.per_device_train_batch_size, share)
+        timed.append(taken)
+        forward[kind.name] = taken.gradient / kind.section.per_device_train_batch_size * FORWARD_SHARE
+        evaluation = forward[kind.name] * len(materials.splits.validation)
+        for steps in filter(None, _left(subject, kind).values()):
+            times = evaluations(
+                kind.section.eval_strategy, steps, kind.section.eval_steps, _epochs(subject, kind, steps)
+            )
+            whole = steps * taken.of_step(kind.section.gradient_accumulation_steps) + times * evaluation
+            found.append(StageTime(kind.name, steps, whole))
+    if cached:
+        count = sum(len(part) for part in (materials.splits.train, materials.splits.unlabeled) if part is not None)
+        found.append(StageTime("teacher cache", 0, count / subject.ranks * _teacher_row(subject, share)))
+    if "report" in stages:
+        times = {kind.name: len(kind.paths) for kind in left}
+        scored = sum(forward[name] * times[name] for name in forward) * len(materials.splits.test)
+        found.append(StageTime("report", 0, scored))
+    return check_time(found, _basis(subject, timed, time.perf_counter() - start))
+
+
+def _basis(subject: Subject, timed: Sequence[StepTime], seconds: float) -> str:
+    sizes = sorted({taken.rows for taken in timed})
+    shown = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    steps = sum(taken.batches for taken in timed)
+    return f"{steps} steps of {shown} rows on {subject.device.type}, timed in {seconds:.0f} s"
+
+
+def _kinds(subject: Subject, stages: Sequence[str]) -> list[_Kind]:
+    materials, experiment, root = subject.materials, subject.experiment, subject.root
+    splits, seeds = materials.splits, experiment.seeds
+    kinds = []
+    if "teacher" in stages:
+        for part in materials.teachers:
+            if part.finished is not None:
+                continue
+            section = experiment.teacher_training()
+
+            def batches(part: Any = part, section: TrainingSection = section) -> Callable[[float, int], Batch]:
+                rows = subject.encoded(splits.teacher_train, len(subject.step_rows), part)
+                return batches_by_length(rows, subject.collate_for(part), _grouped(section))
+
+            prints = {root / part.name: subject.prints.teachers[part.index]}
+            step = lambda part=part: subject.teacher_step(part)  # noqa: E731
+            kinds.append(_Kind(part.name, prints, section, len(splits.teacher_train), step, batches))
+    section = experiment.training
+    # A pool sets the number of steps of the baseline too.
+    count = len(splits.train) + (0 if splits.unlabeled is None else len(splits.unlabeled))
+
+    def student_batches() -> Callable[[float, int], Batch]:
+        return batches_by_length(subject.step_rows, subject.collate, _grouped(section))
+
+    made = {"baseline": subject.prints.baseline, "student": subject.prints.student}
+    steps = {"baseline": subject.baseline_step, "student": lambda: subject.student_step()[0]}
+    for name in ("baseline", "student"):
+        if name in stages:
+            prints = {root / name / f"seed-{seed}": made[name](seed) for seed in seeds}
+            kinds.append(_Kind(name, prints, section, count, steps[name], student_batches))
+    return kinds
+
+
+def _grouped(section: TrainingSection) -> bool:
+    return section.train_sampling_strategy == "group_by_length"
+
+
+def _steps(subject: Subject, kind: _Kind) -> int:
+    """Of one whole training."""
+    section = kind.section.model_copy(update={"unlabeled_ratio": None})
+    arguments = training_arguments(section, subject.root, seed=0)
+    return same_budget(section, arguments, kind.rows).max_steps
+
+
+def _left(subject: Subject, kind: _Kind) -> dict[Path, int]:
+    steps = _steps(subject, kind)
+    return {path: subject.steps_left(path, fingerprint, steps) for path, fingerprint in kind.paths.items()}
+
+
+def _epochs(subject: Subject, kind: _Kind, steps: int) -> float:
+    """Passes over the rows in so many steps."""
+    section = kind.section
+    per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps * subject.ranks
+    return min(steps * per_step / max(kind.rows, 1), math.ceil(section.num_train_epochs))
+
+
+def _teacher_row(subject: Subject, seconds: float) -> float:
+    """Seconds that the teachers take for one row."""
+    taken = 0.0
+    for part in subject.materials.teachers:
+        rows = subject.encoded(subject.materials.splits.train, 16, part)
+        collate, model = subject.collate_for(part), subject.teacher_model(part).eval()
+        own = lambda batch, model=model: model(**{k: x for k, x in batch.items() if k != "labels"})  # noqa: E731
+        one = time_answers(own, collate(rows[:1]), 1, subject.device)
+        count = len(rows) if one * len(rows) * 2 < seconds else max(int(seconds / one / 2), 1)
+        taken += time_answers(own, collate(rows[:count]), count, subject.device)
+    return taken

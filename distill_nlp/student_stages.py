@@ -1,0 +1,188 @@
+"""The students' part of an experiment: the plain baseline, and the distilled student in one phase or several."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedModel, set_seed
+
+from distill_nlp.config import Experiment
+from distill_nlp.errors import UsageError
+from distill_nlp.fingerprints import Fingerprints
+from distill_nlp.loading import load_classifier
+from distill_nlp.losses import CrossEntropyLoss
+from distill_nlp.materials import Materials
+from distill_nlp.stage_runner import StageRunner
+from distill_nlp.stage_training import TrainingJob, same_budget, training_arguments
+from distill_nlp.stages import Fingerprint, StageFolder
+from distill_nlp.teacher_stages import TeacherStages
+
+
+class StudentStages:
+    """Trains baselines and students.
+
+    Args:
+        runner: of the experiment.
+        prints: its fingerprints.
+    """
+
+    def __init__(self, runner: StageRunner, prints: Fingerprints) -> None:
+        self.runner = runner
+        self.prints = prints
+        self.experiment = runner.experiment
+        self.materials = runner.materials
+
+    @cached_property
+    def _phases(self) -> list[tuple[Experiment, Materials, TeacherStages]]:
+        """Each phase with the materials and the teachers as it sees them."""
+        found = []
+        for experiment in self.experiment.student_trainings():
+            materials = self.materials
+            if self.experiment.phases:
+                materials = self.materials.seen_by(experiment)
+            runner = StageRunner(experiment, materials, self.runner.tell)
+            found.append((experiment, materials, TeacherStages(runner, self.prints)))
+        return found
+
+    @property
+    def views(self) -> list[Materials]:
+        """The materials as each phase sees them."""
+        return [materials for _, materials, _ in self._phases]
+
+    def check(self) -> None:
+        """Builds the student and sizes the losses of all phases once; raises as `Materials.objective` does."""
+        for materials in self.views:
+            materials.check_student()
+
+    def fill_cache(self) -> None:
+        """Computes the teacher's answers for all rows that the students will learn from, ahead of their stage.
+
+        Raises:
+            UsageError: there is no finished teacher yet, or the students would not use the cache in any phase.
+        """
+        live = [materials.live_because for materials in self.views]
+        if None not in live:
+            raise UsageError(f"nothing to cache: {live[0]}")
+        for reason, (_, _, teachers) in zip(live, self._phases, strict=True):
+            if reason is None:
+                teachers.fill_cache()
+
+    # ---- the baseline ----
+
+    @property
+    def _ce_arguments(self) -> dict[str, Any]:
+        """Settings of the cross-entropy, which the baseline shares with the student; its weight means nothing there."""
+        for experiment, materials, _ in reversed(self._phases):
+            if "ce" in experiment.losses:
+                return materials.loss_arguments(experiment.losses["ce"])
+        return {}
+
+    def baseline(self, seed: int) -> None:
+        """The student's twin: the same initial weights, as many steps, the labels alone."""
+        name, folder = f"baseline, seed {seed}", StageFolder(self.runner.root / "baseline" / f"seed-{seed}")
+        if not self.runner.is_done(folder, self.prints.baseline(seed), name):
+            self._baseline_job(seed, name, folder).run(self.runner.tell)
+
+    def _new_student(self, name: str, dry: bool = False) -> PreTrainedModel:
+        """As baseline and student start; from a teacher that is to be fine-tuned first, a dry run takes another."""
+        recipe = self.experiment.student.from_teacher
+        finetuned = None
+        if recipe is not None and recipe.weights == "finetuned" and not dry:
+            finetuned = self._phases[0][2].source(self.materials.lead)
+        return self.materials.new_student(finetuned, lambda line: self.runner.say(name, line))
+
+    def _baseline_job(self, seed: int, name: str, folder: StageFolder, dry: bool = False) -> TrainingJob:
+        set_seed(seed)
+        return self.runner.job(
+            name,
+            folder,
+            self.prints.baseline(seed),
+            model=self._new_student(name, dry),
+            losses={"ce": CrossEntropyLoss(**self._ce_arguments)},
+            train=self.materials.tokens(self.materials.splits.train),
+            arguments=self._baseline_arguments(folder, seed),
+        )
+
+    @property
+    def _rows(self) -> int:
+        """That a student sees in an epoch, before any gate."""
+        splits = self.materials.splits
+        return len(splits.train) + (0 if splits.unlabeled is None else len(splits.unlabeled))
+
+    def _baseline_arguments(self, folder: StageFolder, seed: int) -> Any:
+        """The Trainer's arguments for as many steps as the student makes in all phases."""
+        section = self.experiment.training.model_copy(update={"unlabeled_ratio": None})
+        arguments = training_arguments(section, folder.checkpoints, seed)
+        if self.experiment.phases:
+            steps = 0
+            for experiment, _, _ in self._phases:
+                own = training_arguments(experiment.training, folder.checkpoints, seed)
+                steps += same_budget(experiment.training, own, self._rows).max_steps
+            section = same_budget(section, arguments, self._rows).model_copy(update={"max_steps": steps})
+        elif self.materials.splits.unlabeled is not None:
+            section = same_budget(section, arguments, self._rows)
+        return training_arguments(section, folder.checkpoints, seed)
+
+    # ---- the student ----
+
+    def student(self, seed: int) -> None:
+        """The distilled student, phase by phase; each phase starts from what the one before it left."""
+        fingerprints = self.prints.phases(seed)
+        folders = [StageFolder(path) for path in self._folders(seed)]
+        names = [f"student, seed {seed}"]
+        if len(folders) > 1:
+            names = [f"student {seed}, phase {i + 1}" for i in range(len(folders))]
+        # The last one is made of all the others.
+        if self.runner.is_done(folders[-1], fingerprints[-1], names[-1]):
+            return
+        for i, (folder, fingerprint, name) in enumerate(zip(folders, fingerprints, names, strict=True)):
+            last = i == len(folders) - 1
+            if last or not self.runner.is_done(folder, fingerprint, name):
+                model = load_classifier(str(folders[i - 1].path)) if i else None
+                self._phase_job(i, seed, name, folder, fingerprint, model).run(self.runner.tell)
+
+    def rehearse(self, seed: int) -> None:
+        """Two steps of the baseline and of each phase of the student, the teacher live; nothing is kept of them."""
+        folder = StageFolder(self.runner.root / "baseline" / f"seed-{seed}")
+        self._baseline_job(seed, f"baseline, seed {seed}", folder, dry=True).rehearse(self.runner.tell)
+        for i, path in enumerate(self._folders(seed)):
+            name = f"student {seed}, phase {i + 1}" if self.experiment.phases else f"student, seed {seed}"
+            self._phase_job(i, seed, name, StageFolder(path), {}, dry=True).rehearse(self.runner.tell)
+
+    def _folders(self, seed: int) -> list[Any]:
+        final = self.runner.root / "student" / f"seed-{seed}"
+        before = range(1, len(self._phases))
+        return [final.with_name(f"{final.name}-phase-{i}") for i in before] + [final]
+
+    def _phase_job(
+        self,
+        index: int,
+        seed: int,
+        name: str,
+        folder: StageFolder,
+        fingerprint: Fingerprint,
+        model: PreTrainedModel | None = None,
+        dry: bool = False,
+    ) -> TrainingJob:
+        """The training of a phase, from `model`, or from a student as the baseline starts."""
+        experiment, materials, teachers = self._phases[index]
+        # The same seed at the same point as in the baseline's stage: both start from the same weights.
+        set_seed(seed)
+        model = self._new_student(name, dry) if model is None else model
+        arguments = training_arguments(experiment.training, folder.checkpoints, seed)
+        if experiment.data.unlabeled is not None and experiment.data.unlabeled_min_confidence is not None:
+            # A gate leaves fewer rows, and the baseline does not know how many.
+            section = same_budget(experiment.training, arguments, self._rows)
+            arguments = training_arguments(section, folder.checkpoints, seed)
+        return self.runner.job(
+            name,
+            folder,
+            fingerprint,
+            model=model,
+            losses=materials.new_losses(),
+            weights={key: section.weight for key, section in experiment.losses.items()},
+            teacher=teachers.for_rehearsal() if dry else teachers.for_students(),
+            train=materials.student_rows if dry else teachers.student_rows,
+            arguments=arguments,
+        )

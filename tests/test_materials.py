@@ -1,0 +1,32 @@
+"""What the stages share, taken from data and settings."""
+
+import pandas as pd
+import pytest
+
+from distill_nlp.config_file import load_experiment
+from distill_nlp.errors import UsageError
+from distill_nlp.materials import Materials
+
+
+def write(folder, labels):
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = labels if split == "train" else [0, 1] * 4
+        table = pd.DataFrame({"text": [f"w{4 + label} w{10 + i}" for i, label in enumerate(rows)], "label": rows})
+        table.to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+def test_balanced_class_weights_are_those_of_the_training_rows(experiment, tmp_path):
+    data = write(tmp_path / "uneven", [0] * 9 + [1] * 3)
+    config = experiment(data__dataset=data, losses={"ce": {"class_weights": "balanced"}, "kl": {}})
+    materials = Materials(load_experiment(config))
+    assert materials.new_losses()["ce"].class_weights.tolist() == pytest.approx([12 / (2 * 9), 12 / (2 * 3)])
+
+
+def test_balanced_class_weights_need_a_row_of_each_class(experiment, tmp_path):
+    data = write(tmp_path / "two_of_three", [0] * 9 + [1] * 3)
+    names = ["bad", "good", "mixed"]
+    config = experiment(data__dataset=data, data__label_names=names, losses={"ce": {"class_weights": "balanced"}})
+    with pytest.raises(UsageError, match=r"losses\.ce\.class_weights: balanced needs a training row of each class"):
+        Materials(load_experiment(config)).new_losses()

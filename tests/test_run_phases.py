@@ -1,0 +1,124 @@
+"""Several trainings of the student, one after the other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill_nlp.cli import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_doctor")]
+
+TWO = [
+    {"losses": {"hidden": {}, "attention": {}}, "training": {"max_steps": 4, "learning_rate": 0.001}},
+    {"losses": {"ce": {"weight": 0.3}, "kl": {"weight": 0.7}}},
+]
+STAGES = ["--stages", "teacher,baseline,student"]
+
+
+def record_of(folder):
+    return json.loads((folder / "stage.json").read_text())
+
+
+def test_phases_run_one_after_the_other_and_the_baseline_makes_as_many_steps(experiment, tmp_path, capsys):
+    config = str(experiment(phases=TWO))
+    assert main(["run", config]) == 0
+    said = capsys.readouterr().err
+    student = tmp_path / "run" / "student"
+    first, last = record_of(student / "seed-0-phase-1"), record_of(student / "seed-0")
+    assert first["objective"].startswith("1·hidden")
+    assert last["objective"] == "0.3·ce + 0.7·kl(T=2)"
+    assert (first["steps"], last["steps"]) == (4, 3)
+    assert record_of(tmp_path / "run" / "baseline" / "seed-0")["steps"] == 7
+    # The logits of the second phase are cached, the layers of the first are not.
+    assert said.count("teacher cache") == 1
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert {"student/seed-0-phase-1", "student/seed-0"} <= report["run"]["stages"].keys()
+    assert main(["run", config]) == 0
+    assert capsys.readouterr().err.count("done already") == 4
+
+
+def test_a_phase_starts_from_what_the_one_before_it_left(experiment, tmp_path):
+    """With a learning rate of almost nothing, the second phase leaves the first one's weights as they are."""
+    still = [TWO[0], {"losses": {"kl": {}}, "training": {"learning_rate": 1.0e-12, "weight_decay": 0.0}}]
+    assert main(["run", str(experiment(phases=still)), *STAGES]) == 0
+    student = tmp_path / "run" / "student"
+    one, two = (load_file(student / name / "model.safetensors") for name in ("seed-0-phase-1", "seed-0"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-7)
+
+
+def test_a_change_of_the_second_phase_leaves_the_first_alone(experiment, capsys):
+    assert main(["run", str(experiment(phases=TWO)), *STAGES]) == 0
+    capsys.readouterr()
+    other = [TWO[0], {"losses": {"kl": {"temperature": 5}}}]
+    assert main(["run", str(experiment(phases=other)), *STAGES]) == 0
+    said = capsys.readouterr().err
+    assert "student 0, phase 1   done already" in said
+    assert "student 0, phase 2   settings changed" in said
+    changed = [TWO[0] | {"losses": {"hidden": {"kind": "cosine"}}}, other[1]]
+    assert main(["run", str(experiment(phases=changed)), *STAGES]) == 0
+    said = capsys.readouterr().err
+    assert "student 0, phase 1   settings changed" in said
+    assert "student 0, phase 2   settings changed" in said
+
+
+def test_an_interrupted_second_phase_goes_on_and_ends_like_an_uninterrupted_one(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    from distill_nlp.trainer import DistillationTrainer
+
+    config = str(experiment(phases=TWO))
+    stages = ["--stages", "teacher,student"]
+    assert main(["run", config, *stages]) == 0
+    whole = load_file(tmp_path / "run" / "student" / "seed-0" / "model.safetensors")
+    step = DistillationTrainer.training_step
+
+    def interrupted(self, *arguments, **keywords):
+        if self.state.global_step == 2 and "kl" in self.objective.losses:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **keywords)
+
+    other = ["--output_dir", str(tmp_path / "second"), *stages]
+    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    assert main(["run", config, *other]) == 130
+    monkeypatch.setattr(DistillationTrainer, "training_step", step)
+    capsys.readouterr()
+    assert main(["run", config, *other]) == 0
+    said = capsys.readouterr().err
+    assert "student 0, phase 1   done already" in said
+    assert "going on from checkpoint-2" in said
+    resumed = load_file(tmp_path / "second" / "student" / "seed-0" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_phase_without_losses_has_the_experiments_and_the_cache_is_filled_for_those_that_use_it(experiment, capsys):
+    phases = [{"losses": {"hidden": {}}}, {"training": {"learning_rate": 0.001}}]
+    config = str(experiment(losses={"kl": {}}, phases=phases))
+    assert main(["run", config, "--stages", "teacher"]) == 0
+    assert main(["cache", config]) == 0
+    assert capsys.readouterr().err.count("teacher cache") == 1
+    live = str(experiment(phases=[{"losses": {"hidden": {}}}, {"losses": {"attention": {}}}]))
+    assert main(["cache", live]) == 2
+    assert "nothing to cache: losses hidden compare token by token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phases": [{"losses": {"hiden": {}}}]}, "phases.0.losses.hiden: unknown loss"),
+        ({"phases": [{"losses": {}}]}, "phases.0.losses: losses is empty"),
+        ({"losses": {}, "phases": [{"training": {"max_steps": 2}}]}, "losses is empty"),
+        ({"phases": [{"lossess": {}}]}, "phases.0.lossess: unknown setting"),
+        ({"phases": [{"training": {"learning_rate": -1}}]}, "phases.0.training.learning_rate"),
+        ({"phases": [TWO[1], {"losses": {"hidden": {"layers": [[9, 9]]}}}]}, "layers"),
+    ],
+)
+def test_what_is_wrong_with_a_phase_is_said_before_anything_is_trained(experiment, tmp_path, capsys, changes, message):
+    assert main(["run", str(experiment(**changes))]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "teacher").exists()
