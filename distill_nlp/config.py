@@ -290,7 +290,8 @@ class Experiment(Section):
     def teacher_training(self) -> TrainingSection:
         """`training` with the teacher's own settings over it, but for what is the students' alone."""
         own = self.teacher.training.model_dump(exclude_unset=True)
-        return TrainingSection(**(self.training.model_dump(exclude_unset=True) | own | {"unlabeled_ratio": None}))
+        shared = self.training.model_dump(exclude_unset=True, exclude={"freeze", "unfreeze_every", "unlabeled_ratio"})
+        return TrainingSection(**(shared | own | {"unlabeled_ratio": None}))
 
     def student_trainings(self) -> list[Experiment]:
         """The experiment as each phase of the student sees it; itself where there are none."""

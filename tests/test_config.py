@@ -255,3 +255,13 @@ def test_members_of_an_ensemble_are_the_first_teacher_again_unless_they_name_a_m
         load_experiment(write(MINIMAL | {"teacher": wrong}))
     assert "teacher.ensemble.0.sede: unknown setting" in str(caught.value)
     assert "teacher.ensemble.1: needs exactly one of model and config" in str(caught.value)
+
+
+def test_freezing_is_the_students_unless_the_teacher_has_its_own(write):
+    settings = MINIMAL | {"training": {"freeze": ["embeddings"], "learning_rate": 0.001}}
+    experiment = load_experiment(write(settings))
+    assert experiment.training.freeze == ["embeddings"]
+    assert experiment.teacher_training().freeze == []
+    assert experiment.teacher_training().learning_rate == 0.001
+    own = settings | {"teacher": {"model": "bert", "training": {"freeze": ["layer.1"]}}}
+    assert load_experiment(write(own)).teacher_training().freeze == ["layer.1"]

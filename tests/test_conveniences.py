@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 
 import pytest
@@ -30,6 +31,8 @@ from distill_nlp.losses.cross_entropy import balanced_class_weights
 from distill_nlp.objective import DistillationObjective
 from distill_nlp.stage_training import TrainingJob, training_arguments
 from distill_nlp.stages import StageFolder
+from distill_nlp.trainer import DistillationTrainer
+from distill_nlp.training_end import take_over_the_end
 
 HEAD = ("pre_classifier.", "classifier.")
 
@@ -435,13 +438,14 @@ def test_the_threshold_is_in_the_reason(tmp_path, scored):
     assert any("has not improved by more than 0.45 in 2 evaluations; best 0.5000 at step 2" in line for line in lines)
 
 
-@pytest.mark.parametrize("patience", [None, 8])
-def test_a_stage_that_goes_to_its_end_did_not_stop_early(tmp_path, scored, patience):
+@pytest.mark.parametrize(("patience", "steps"), [(None, 8), (8, 8), (3, 5)])
+def test_a_stage_that_goes_to_its_end_did_not_stop_early(tmp_path, scored, patience, steps):
+    """Also where the patience ends with the last step."""
     lines = []
-    job = scored(make_job(tmp_path, early_stopping_patience=patience))
+    job = scored(make_job(tmp_path, early_stopping_patience=patience, max_steps=steps))
     job.run(lines.append)
     assert job.folder.record()["stopped_early"] is None
-    assert job.folder.record()["steps"] == 8
+    assert job.folder.record()["steps"] == steps
     assert not any("stopped" in line for line in lines)
 
 
@@ -474,6 +478,18 @@ def test_an_interrupted_stage_ends_where_it_would_have_ended(tmp_path, scored, p
         assert new[key] == old[key], key
     assert new["validation"]["loss"] == old["validation"]["loss"]
     assert largest_difference(weights_of(whole), weights_of(resumed)) == 0
+
+
+def test_the_end_is_not_taken_over_without_its_best_checkpoint(tmp_path, scored):
+    """The folder of the run was moved: its state names a checkpoint that is not there."""
+    job = scored(make_job(tmp_path / "old", [InterruptAt(8)]))
+    with pytest.raises(Interruption):
+        job.run(lambda line: None)
+    checkpoint = job.folder.last_checkpoint()
+    trainer = make_trainer(tmp_path / "trainer", losses=job.losses)
+    assert take_over_the_end(trainer, checkpoint)
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert not take_over_the_end(trainer, tmp_path / "new" / checkpoint.relative_to(tmp_path / "old"))
 
 
 def test_the_callbacks_of_a_job_are_called(tmp_path):
@@ -538,14 +554,23 @@ def test_a_rehearsal_does_all_and_leaves_nothing(tmp_path):
     assert "evaluated on 10 rows, saved and loaded again in" in lines[0]
 
 
-@pytest.mark.parametrize("strategy", ["epoch", "no"])
-def test_a_rehearsal_evaluates_and_saves_whatever_the_strategy(tmp_path, strategy):
-    lines = []
-    make_job(tmp_path, eval_strategy=strategy, per_device_eval_batch_size=3, gradient_accumulation_steps=2).rehearse(
-        lines.append
+@pytest.mark.parametrize(
+    "settings",
+    [{"eval_strategy": "epoch"}, {"eval_strategy": "no"}, {"eval_delay": 5, "logging_steps": 50}],
+    ids=["by epoch", "never", "late"],
+)
+def test_a_rehearsal_evaluates_saves_and_loads_whatever_the_settings(tmp_path, monkeypatch, settings):
+    loaded, lines = [], []
+    load = DistillationTrainer._load_best_model
+    monkeypatch.setattr(
+        DistillationTrainer,
+        "_load_best_model",
+        lambda trainer: loaded.append(trainer.state.best_model_checkpoint) or load(trainer),
     )
-    assert "dry run: 2 steps" in lines[0]
-    assert "evaluated on 3 rows" in lines[0]
+    settings = {"per_device_eval_batch_size": 3, "gradient_accumulation_steps": 2} | settings
+    make_job(tmp_path, **settings).rehearse(lines.append)
+    assert [path.rpartition("/")[2] for path in loaded] == ["checkpoint-2"]
+    assert re.search(r"dry run: 2 steps with loss \d\.\d{4} and \d\.\d{4}, evaluated on 3 rows", lines[0])
 
 
 def test_a_rehearsal_tells_no_tracker(tmp_path, monkeypatch):

@@ -7,19 +7,20 @@ import multiprocessing
 import os
 import shlex
 import signal
-import time
 from pathlib import Path
 
 import optuna
 import pytest
 import torch
 from helpers import BINARY, label_config, make_teacher, make_tokenizer
+from optuna.storages.journal import JournalFileBackend
 from test_sweep_plan import write_sweep
 
 from distill_nlp.cli import main
 from distill_nlp.errors import DistillError, UsageError
-from distill_nlp.sweep import measure, run_sweep, study, trial
-from distill_nlp.sweep.workers import work_in_processes
+from distill_nlp.sweep import load_sweep, measure, run_sweep, study, trial
+from distill_nlp.sweep.runner import check
+from distill_nlp.sweep.space import Space
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +48,12 @@ def record_of(folder: Path) -> dict:
     return json.loads((folder / "stage.json").read_text())
 
 
+def reported(folder: Path) -> list[dict[int, float]]:
+    """What Optuna has of each trial: number of the evaluation -> metric."""
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / study.JOURNAL)))
+    return [found.intermediate_values for found in optuna.load_study(study_name="sweep", storage=storage).trials]
+
+
 def test_a_sweep_trains_one_teacher_runs_its_trials_and_writes_the_tables(sweep, tmp_path):
     said: list[str] = []
     result = run_sweep(sweep({"seeds": [3, 4]}), say=said.append)
@@ -55,6 +62,8 @@ def test_a_sweep_trains_one_teacher_runs_its_trials_and_writes_the_tables(sweep,
     assert result["running"] == 0
     assert sum("teacher " in line and "4 steps in" in line for line in said) == 1
     assert sum("40 computed" in line for line in said) == 1
+    # They would count the rows of the split that stands in for test.
+    assert not any(line.startswith("data") for line in said)
     for found in result["trials"]:
         folder = out / "trials" / f"{found['number']:04d}"
         assert [path.name for path in (folder / "student").iterdir()] == ["seed-3"]
@@ -202,42 +211,20 @@ def test_the_same_command_twice_at_once_shares_the_trials(sweep, tmp_path):
     assert len(stages) == 3
 
 
-def end_badly(say, go_on, folder):
-    """The first one to come raises, the other one is killed."""
-    say(f"{torch.get_num_threads()} threads")
-    try:
-        (folder / "first").mkdir()
-    except FileExistsError:
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise DistillError("no more room")
-
-
-def test_processes_share_the_threads_and_those_that_end_badly_are_said(tmp_path):
+def test_while_others_run_trials_nothing_is_measured_and_the_last_one_does_it(sweep):
+    path = sweep(trials=2)
+    plan = load_sweep(path)
+    space = Space(plan.sweep.space)
+    other = study.SweepStudy(plan, space, check(plan, space, lambda line: None))
+    claim = other.claim()
     said: list[str] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        work_in_processes(2, end_badly, (tmp_path,), said.append)
-    finally:
-        torch.set_num_threads(threads)
-    ends = sorted(line.partition(": ")[2] for line in said)
-    assert ends == ["1 threads", "1 threads", "ended with code -9", "ended with code 1", "no more room"]
-
-
-def wait(say, go_on):
-    say("here")
-    time.sleep(600)
-
-
-def test_an_interruption_ends_the_processes_too():
-    def interrupt(line):
-        raise KeyboardInterrupt
-
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        work_in_processes(1, wait, (), interrupt)
-    assert time.monotonic() - start < 300
-    assert multiprocessing.active_children() == []
+    result = run_sweep(path, say=said.append)
+    assert states(result) == ["unfinished", "finished"]
+    assert (result["running"], result["best"]) == (1, 1)
+    assert "machine" not in result
+    assert said[-1] == "1 trials are still run by other processes; the last of these writes the tables"
+    claim.give_up()
+    assert run_sweep(path)["measured"] == 2
 
 
 class Always(optuna.pruners.BasePruner):
@@ -248,7 +235,7 @@ class Always(optuna.pruners.BasePruner):
 
 
 def test_a_pruned_trial_stops_at_once_is_recorded_and_the_sweep_goes_on(sweep, tmp_path, monkeypatch):
-    path = sweep(trials=2)
+    path = sweep({"training__logging_steps": 1}, trials=2)
     monkeypatch.setattr(study, "make_pruner", lambda name: Always())
     with pytest.raises(DistillError, match="no trial came to its end: 2 pruned, 0 failed") as error:
         run_sweep(path)
@@ -259,10 +246,13 @@ def test_a_pruned_trial_stops_at_once_is_recorded_and_the_sweep_goes_on(sweep, t
         # Of four steps; the last evaluation would have been too late to save anything.
         assert found["steps"] == 2
         assert len(found["evaluations"]) == 1
+        assert found["value"] is None
         assert found["reason"].endswith("at evaluation 1")
         assert not (tmp_path / "sweep" / "trials" / f"{found['number']:04d}" / "student").exists()
     monkeypatch.undo()
+    assert [list(values) for values in reported(tmp_path / "sweep")] == [[1]] * 2
     more = run_sweep(path, trials=3)
+    assert list(reported(tmp_path / "sweep")[2]) == [1, 2]
     assert states(more) == ["pruned", "pruned", "finished"]
     assert more["best"] == 2
     assert "pruned: accuracy" in (tmp_path / "sweep" / "sweep.md").read_text()
@@ -361,7 +351,7 @@ def test_a_finished_teacher_and_several_of_them_are_measured_as_one(sweep, tmp_p
     assert states(result) == ["finished"]
     assert result["teacher"]["parameters"] == 2 * make_teacher(**label_config(BINARY)).num_parameters()
     assert result["teacher"]["value"] == reference_ensemble_accuracy(tmp_path)
-    assert not (tmp_path / "sweep" / "trials" / "0000" / "teacher").exists()
+    assert not os.path.lexists(tmp_path / "sweep" / "trials" / "0000" / "teacher")
 
 
 def reference_ensemble_accuracy(folder: Path) -> float:
@@ -383,18 +373,28 @@ def reference_ensemble_accuracy(folder: Path) -> float:
 
 
 def test_a_student_of_several_phases_counts_by_its_last(sweep, monkeypatch):
-    phases = [{"losses": {"hidden": {}}, "training": {"max_steps": 2}}, {}]
+    phases = [{"losses": {"hidden": {}}}, {}]
     monkeypatch.setattr(study, "make_pruner", lambda name: Always())
     with pytest.raises(DistillError, match="1 pruned"):
         run_sweep(path := sweep({"phases": phases}, space={"losses.kl.temperature": [2, 3]}, trials=1))
     result = json.loads((path.parent / "sweep" / "sweep.json").read_text())
     assert (result["trials"][0]["steps"], len(result["trials"][0]["evaluations"])) == (2, 1)
+    assert "phase 2" in (path.parent / "sweep" / "trials" / "0000" / "log.txt").read_text()
 
 
-def test_the_best_of_each_shape_is_measured_and_the_others_are_not(sweep, monkeypatch):
+def test_the_best_of_each_shape_is_measured_and_the_others_are_not(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "BEST", 1)
     space = {"losses.kl.temperature": [1, 2, 3], "student.from_teacher.layers": [1, 2]}
-    result = run_sweep(sweep(space=space, sampler="grid", trials=6))
+    result = run_sweep(sweep(space=space, sampler="grid", trials=6, metric="f1_macro"))
+    assert result["metric"] == "f1_macro"
+    folders = [
+        tmp_path / "sweep" / "trials" / f"{found['number']:04d}" / "student" / "seed-0" for found in result["trials"]
+    ]
+    scores = [record_of(folder)["validation"] for folder in folders]
+    assert [found["value"] for found in result["trials"]] == [score["f1_macro"] for score in scores]
+    assert any(score["f1_macro"] != score["accuracy"] for score in scores)
+    teacher = record_of(tmp_path / "sweep" / "base" / "teacher")["validation"]
+    assert result["teacher"]["value"] == teacher["f1_macro"] != teacher["accuracy"]
     measured = [found for found in result["trials"] if found.get("latency") is not None]
     assert result["measured"] == len(measured) == 2
     for layers in (1, 2):
