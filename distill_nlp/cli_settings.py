@@ -31,8 +31,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def dotted(rest: list[str]) -> dict[str, Any]:
-    """`--a.b value` and `--a.b=value` of names that only validation knows: losses, and rarer training arguments."""
-    overrides = {}
+    """`--a.b value` and `--a.b=value`: also of names that only validation knows, as losses."""
+    overrides, fields = {}, dict(leaves())
     words = iter(rest)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
@@ -42,7 +42,7 @@ def dotted(rest: list[str]) -> dict[str, Any]:
             value = next(words, "")
             if not value or value.startswith("--"):
                 raise UsageError(f"{word} needs a value")
-        overrides[name] = _yaml(value, name)
+        overrides[name] = value_of(value, name, fields[name]) if name in fields else _yaml(value, name)
     return overrides
 
 

@@ -188,6 +188,8 @@ def test_values_of_the_command_line_are_yaml():
         "losses.kl.temperature": 4,
         "losses.hidden.layers": [[1, 2]],
     }
+    # A setting that is text stays as it was typed.
+    assert dotted(["--data.revision", "007", "--seeds", "1,2"]) == {"data.revision": "007", "seeds": [1, 2]}
     with pytest.raises(UsageError, match="needs a value"):
         dotted(["--losses.kl.temperature"])
 

@@ -54,7 +54,11 @@ def test_the_layers_shown_are_those_that_are_mapped():
         assert map_layers(layers, student_depth=4, teacher_depth=12) == expected
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/losses.md", "benchmarks/RESULTS.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"]
+    + [f"docs/{name}.md" for name in ("losses", "students", "sweeps", "teachers")],
+)
 def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):

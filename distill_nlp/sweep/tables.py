@@ -99,17 +99,23 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def terminal_table(result: dict[str, Any]) -> Any:
-    """A `rich` renderable of the trials. The command is no part of it: a terminal would break it into lines."""
+    """A `rich` renderable of the trials, narrower than sweep.md, without the command, which must stay on one line."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     columns, rows = table(result)
-    drawn = Table()
-    for name in columns:
-        drawn.add_column(name, overflow="fold")
+    shown_columns = [i for i, name in enumerate(columns) if name not in _ONLY_ON_THE_PAGE]
+    last = [name.rpartition(".")[2] for name in columns]
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for i in shown_columns:
+        # A heading or a reason may be broken, a number may not.
+        width = 12 if columns[i] == "state" else max((len(row[i]) for row in rows), default=1)
+        name = last[i] if last.count(last[i]) == 1 else columns[i]
+        drawn.add_column(name, overflow="fold", min_width=min(width, 12))
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*(Text(row[i]) for i in shown_columns))
     return Group(drawn, Text(summary(result), style="bold"))
 
 
@@ -146,6 +152,7 @@ def render_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_ONLY_ON_THE_PAGE = ("steps", "seconds", "rows/s")
 _COSTS = {"parameters": "size", "latency": "latency"}
 
 
