@@ -88,10 +88,16 @@ class Fingerprints:
     def phases(self, seed: int) -> list[Fingerprint]:
         """Of the student after each phase of its training."""
         found: list[Fingerprint] = []
-        for experiment in self.experiment.student_trainings():
-            one = Fingerprints(experiment, self.materials)._student(seed)
+        for prints in self._of_phases:
+            one = prints._student(seed)
             found.append({**one, "after": found[-1]} if found else one)
         return found
+
+    @cached_property
+    def _of_phases(self) -> list[Fingerprints]:
+        # Kept: each hashes the teachers' weights and rows once.
+        trainings = self.experiment.student_trainings()
+        return [self if e is self.experiment else Fingerprints(e, self.materials) for e in trainings]
 
     def _student(self, seed: int) -> Fingerprint:
         pool = self.materials.splits.unlabeled
