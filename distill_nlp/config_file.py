@@ -24,16 +24,7 @@ def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -
         UsageError: no such file, no YAML, or settings that are wrong: each on a line, with its path.
     """
     path = Path(path)
-    try:
-        settings = read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"no config file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the config {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UsageError(f"{path} must hold settings by name, got {type(settings).__name__}")
+    settings = read_settings(path, "config")
     for name, value in (overrides or {}).items():
         _set(settings, name, value)
     try:
@@ -42,6 +33,29 @@ def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -
         lines = [_explain(e) for e in error.errors()]
         head = f"{path}: {len(lines)} settings are wrong" if len(lines) > 1 else f"{path}:"
         raise UsageError("\n  ".join([head, *lines]) if len(lines) > 1 else f"{head} {lines[0]}") from None
+
+
+def read_settings(path: Path, kind: str) -> dict[str, Any]:
+    """The settings of a YAML file, not validated yet.
+
+    Args:
+        path: of the file.
+        kind: what to call it in messages.
+
+    Raises:
+        UsageError: no such file, not to be read, no YAML, or no settings by name in it.
+    """
+    try:
+        settings = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no {kind} file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the {kind} {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} must hold settings by name, got {type(settings).__name__}")
+    return settings
 
 
 def read_yaml(text: str) -> Any:

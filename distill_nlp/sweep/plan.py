@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     Discriminator,
     Field,
@@ -22,7 +21,7 @@ from pydantic import (
 )
 
 from distill_nlp.config import Experiment, Section, did_you_mean
-from distill_nlp.config_file import load_experiment, read_yaml
+from distill_nlp.config_file import load_experiment, read_settings
 from distill_nlp.config_training import TrainingSection
 from distill_nlp.errors import UsageError
 
@@ -184,16 +183,7 @@ def load_sweep(
         5
     """
     path = Path(path)
-    try:
-        settings = read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"no sweep file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the sweep {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UsageError(f"{path} must hold settings by name, got {type(settings).__name__}")
+    settings = read_settings(path, "sweep")
     given = {"output_dir": output_dir, "trials": trials}
     settings |= {name: value for name, value in given.items() if value is not None}
     if overrides:
