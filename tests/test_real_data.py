@@ -50,7 +50,8 @@ def test_real_reviews_go_through_all_stages(name, labels, unlabeled, tmp_path):
     }
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    assert main(["run", str(config)]) == 0
+    # A teacher of two steps is at chance, where the doctor stops.
+    assert main(["run", str(config), "--no-doctor"]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["test_rows"] == 64
     assert report["label_names"] == (labels or ["LABEL_0", "LABEL_1"])
