@@ -1,0 +1,147 @@
+"""Teacher, baseline and each recipe's student, over data sets and seeds: the table of benchmarks/RESULTS.md.
+
+    python benchmarks/accuracy/run.py --data ../shared/data --teacher DIR --work DIR
+    python benchmarks/accuracy/run.py ... --sets sst2 --recipes vanilla_kd,all_in_one --seeds 0,1,2
+    python benchmarks/accuracy/run.py ... --table            # of what is finished, nothing is trained
+
+Every model is trained by `distill-nlp run` in a process of its own, from a config that is laid down in the work folder:
+a recipe of configs/recipes with the data, models and sizes of benchmarks/accuracy/sets over it. The teacher of a set is
+trained once, the baseline once per seed. What is finished is not done again, so a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scores import SetScores
+from table import write_section
+
+from distill_nlp.config_file import read_settings
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+RECIPES = REPOSITORY / "configs" / "recipes"
+RESULTS = REPOSITORY / "benchmarks" / "RESULTS.md"
+# The baseline does not depend on losses; any recipe of one phase serves to lay down its config.
+PLAIN = "vanilla_kd"
+
+
+def main() -> None:
+    options = _arguments()
+    finished = []
+    for name in options.sets:
+        bench = Bench(name, options)
+        if not options.table:
+            bench.train()
+        scores = bench.scores()
+        if scores is not None:
+            finished.append(scores)
+    print(write_section(finished, RESULTS, " ".join(sys.argv[1:]) if options.write else None))
+
+
+def _arguments() -> argparse.Namespace:
+    names = sorted(path.stem for path in (HERE / "sets").glob("*.yaml"))
+    recipes = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--teacher", type=Path, required=True, help="checkpoint that the teachers are made from")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and predictions")
+    parser.add_argument("--sets", type=_listed(names), default=names, help=f"of {','.join(names)}")
+    parser.add_argument("--recipes", type=_listed(recipes), default=recipes, help=f"of {','.join(recipes)}")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the cores")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {RESULTS.relative_to(REPOSITORY)}")
+    return parser.parse_args()
+
+
+def _listed(known: list[str]) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+        return names
+
+    return parse
+
+
+class Bench:
+    """One data set: its models in `work/NAME/{base,RECIPE}`."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.options = name, options
+        self.folder = options.work.resolve() / name
+        self.set = read_settings(HERE / "sets" / f"{name}.yaml", "set")
+        wanted = self.set.pop("recipes", None)
+        self.recipes = [recipe for recipe in options.recipes if wanted is None or recipe in wanted]
+        for block, key, root in (
+            ("data", "dataset", options.data),
+            ("data", "unlabeled", options.data),
+            ("teacher", "model", None),
+        ):
+            if root is None:
+                self.set[block][key] = str(options.teacher.resolve())
+            elif key in self.set[block]:
+                self.set[block][key] = str((root / self.set[block][key]).resolve())
+
+    def train(self) -> None:
+        self._lay_down(PLAIN, "base")
+        self._distill("base", "teacher")
+        for recipe in self.recipes:
+            self._lay_down(recipe, recipe)
+            own = self.folder / recipe
+            own.mkdir(parents=True, exist_ok=True)
+            if not (own / "teacher").exists():
+                (own / "teacher").symlink_to(Path("..") / "base" / "teacher")
+        jobs = [("base", "baseline", seed) for seed in self.options.seeds]
+        jobs += [(recipe, "student", seed) for seed in self.options.seeds for recipe in self.recipes]
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            list(pool.map(lambda job: self._distill(*job), jobs))
+
+    def _lay_down(self, recipe: str, folder: str) -> None:
+        settings = merged(read_settings(RECIPES / f"{recipe}.yaml", "recipe"), self.set)
+        settings |= {"output_dir": str(self.folder / folder), "cache_dir": str(self.options.work.resolve() / "cache")}
+        config = self.folder / f"{folder}.yaml"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+    def _distill(self, folder: str, stage: str, seed: int | None = None) -> None:
+        config = self.folder / f"{folder}.yaml"
+        command = [sys.executable, "-m", "distill_nlp", "run", str(config), "--stages", stage, "--no-doctor"]
+        command += [] if seed is None else ["--seeds", str(seed)]
+        threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, cwd=REPOSITORY)
+
+    def scores(self) -> SetScores | None:
+        """Of the models that are finished for all seeds; None where teacher or baselines are not."""
+        if not self._finished("base/teacher") or not all(self._finished(path) for path in self._seeds("base/baseline")):
+            return None
+        done = [recipe for recipe in self.recipes if all(map(self._finished, self._seeds(f"{recipe}/student")))]
+        return SetScores(self.name, self.folder, self.options.seeds, done)
+
+    def _seeds(self, kind: str) -> Iterator[str]:
+        return (f"{kind}/seed-{seed}" for seed in self.options.seeds)
+
+    def _finished(self, path: str) -> bool:
+        return (self.folder / path / "stage.json").is_file()
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested settings as one; what the second one says counts, and its None takes a setting away."""
+    result = dict(below)
+    for name, value in above.items():
+        inner = result.get(name)
+        result[name] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The table as Markdown, and its place in a file."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from scores import SetScores
+
+from distill_nlp.report.statistics import gap_closed
+
+BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
+
+
+def write_section(sets: list[SetScores], results: Path, arguments: str | None) -> str:
+    """The tables of all sets; with the arguments that made them, also put between the marks of the results' file."""
+    text = "\n\n".join(_table(scores) for scores in sets)
+    if arguments is not None:
+        before, _, rest = results.read_text(encoding="utf-8").partition(BEGIN)
+        _, found, after = rest.partition(END)
+        if not found:
+            raise SystemExit(f"{results} has no lines {BEGIN} and {END} to put the tables between")
+        body = f"```\npython benchmarks/accuracy/run.py {arguments}\n```\n\n{text}"
+        results.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+    return text
+
+
+def _table(scores: SetScores) -> str:
+    teacher = scores.score("base/teacher")
+    baseline = scores.scores("base/baseline")
+    lines = [
+        f"**{scores.name}**: {len(scores.labels):,} test rows, seeds {', '.join(map(str, scores.seeds))}",
+        "",
+        f"| | {scores.metric} | gap closed | p, all seeds | p, each seed | steps | minutes |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| teacher | {teacher:.4f} | | | | | |",
+        f"| baseline | {_mean_sd(baseline)} | | | | {_cost(scores, 'base/baseline')} |",
+    ]
+    for recipe in scores.recipes:
+        student = scores.scores(f"{recipe}/student")
+        closed = float(gap_closed(teacher, statistics.mean(baseline), statistics.mean(student)))
+        pooled, each = scores.against_baseline(recipe)
+        lines.append(
+            f"| {recipe} | {_mean_sd(student)} | {closed:.0%} | {pooled:.1g} | "
+            f"{', '.join(f'{p:.1g}' for p in each)} | {_cost(scores, f'{recipe}/student')} |"
+        )
+    return "\n".join(lines)
+
+
+def _mean_sd(values: list[float]) -> str:
+    sd = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{sd}"
+
+
+def _cost(scores: SetScores, kind: str) -> str:
+    """Steps and minutes of one seed."""
+    records, seeds = scores.stages(kind), len(scores.seeds)
+    steps = sum(record["steps"] for record in records) / seeds
+    minutes = sum(record["seconds"] for record in records) / seeds / 60
+    return f"{steps:,.0f} | {minutes:.1f}"
