@@ -10,6 +10,9 @@ from scipy.stats import binomtest
 
 from distill_nlp.metrics import f1
 
+_MOST_COUNTS = 2**24
+"""Of rows in resamples, that are in memory at once."""
+
 
 def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> dict[str, Any]:
     """McNemar's exact two-sided test of two classifiers on the same rows.
@@ -77,7 +80,7 @@ def _draws(rows: int, samples: int, seed: int) -> Iterator[tuple[slice, np.ndarr
     """How often each row is drawn: (chunk, rows) counts, chunk by chunk, and the place of the chunk."""
     rng = np.random.default_rng(seed)
     # In chunks: the counts of all resamples at once would be samples x rows.
-    size = max(min(100, 2**24 // rows), 1)
+    size = max(min(100, _MOST_COUNTS // rows), 1)
     for start in range(0, samples, size):
         part = slice(start, min(start + size, samples))
         yield part, rng.multinomial(rows, np.full(rows, 1 / rows), size=part.stop - part.start)
