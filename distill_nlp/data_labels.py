@@ -97,7 +97,7 @@ def _refuse_lists_in_text(values: set[str], config: DataSection) -> None:
 
 def _is_list(text: str) -> bool:
     try:
-        return text.startswith("[") and isinstance(loads(text.replace("'", '"')), list)
+        return isinstance(loads(text.replace("'", '"')), list)
     except JSONDecodeError:
         return False
 

@@ -65,8 +65,9 @@ def test_lists_of_names_are_numbered_in_their_order_or_that_of_the_config(tmp_pa
 
 
 def test_a_label_that_stands_twice_in_a_row_counts_once(tmp_path):
-    splits = load_splits(section(write(tmp_path, train=[[0, 0], [1, 2], [2, 2, 1]])))
+    splits = load_splits(section(write(tmp_path, train=[[0, 0], [1, 2], [2, 2, 1]], test=[[1, 1]])))
     assert labels_of(splits.train) == [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
+    assert labels_of(splits.test) == [[0, 1, 0]]
 
 
 @pytest.mark.parametrize("given", [None, ["a", "b", "c"]])
@@ -198,7 +199,7 @@ def test_rows_are_carved_sampled_and_cleaned_as_single_labels_are(tmp_path):
 
 
 def test_a_fraction_of_few_rows_is_one_row_however_many_classes(tmp_path):
-    splits = load_splits(section(write(tmp_path), validation_split=None))
+    splits = load_splits(section(write(tmp_path), validation_split=None, label_names=list("abcdef")))
     assert (len(splits.train), len(splits.validation)) == (4, 1)
     write(tmp_path, train=[[0, 2], [1]])
     with pytest.raises(UsageError, match="2 training rows are too few to carve 1 for validation"):

@@ -21,6 +21,7 @@ from distill_nlp.loading import load_classifier
 from distill_nlp.materials import Materials
 from distill_nlp.metrics import decisions, multi_label_metrics
 from distill_nlp.pipeline import Pipeline
+from distill_nlp.stages import StageFolder
 
 ROOT = Path(__file__).parent.parent
 MULTI_LABEL = "multi_label_classification"
@@ -238,11 +239,15 @@ def test_the_doctor_looks_at_rates_and_at_the_teachers_answers(several, finished
     assert "could not be checked" not in said
     config = several(**LONGER, **LOGITS_ONLY)
     assert main(["run", str(config), "--stages", "teacher,student"]) == 0
+    monkeypatch.setattr("distill_nlp.doctor.multi_label.IMBALANCE", 0.5)
     assert main(["doctor", str(config)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "teacher has macro-F1" in said
     assert "in 1.000 of all pairs" in said
     assert "could not be checked" not in said
+    assert "exact matches hardly changes" not in said
+    assert main(["doctor", str(config), "--training.metric_for_best_model", "accuracy"]) == 0
+    assert "exact matches hardly changes" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- what is refused ----
@@ -313,6 +318,24 @@ def test_factors_for_each_class_are_taken(several):
     assert materials.objective.losses["ce"].class_weights.tolist() == [1, 2, 3]
 
 
+def metrics_of_jobs(pipeline, tmp_path) -> set[str]:
+    """What picks the checkpoint in each training of an experiment."""
+    folder = StageFolder(tmp_path / "job")
+    phases = range(len(pipeline.students.views))
+    jobs = [
+        pipeline.teachers._job(pipeline.materials.lead),
+        pipeline.students._baseline_job(0, "baseline", folder, dry=True),
+        *(pipeline.students._phase_job(i, 0, "student", folder, {}, dry=True) for i in phases),
+    ]
+    return {job.arguments.metric_for_best_model for job in jobs}
+
+
+@pytest.mark.parametrize("changes", [{}, {"phases": [{}, {}]}, {"data__unlabeled": "pool"}])
+def test_macro_f1_picks_the_checkpoint_in_every_training(several, tmp_path, changes):
+    pipeline = Pipeline(load_experiment(several(**changes)))
+    assert metrics_of_jobs(pipeline, tmp_path) == {"f1_macro"}
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "loss"])
 def test_a_metric_that_is_given_stays(several, metric):
     pipeline = Pipeline(load_experiment(several(training__metric_for_best_model=metric)))
@@ -321,11 +344,11 @@ def test_a_metric_that_is_given_stays(several, metric):
     assert (arguments.metric_for_best_model, arguments.greater_is_better) == (metric, metric != "loss")
 
 
-def test_the_metric_of_single_labels_stays_accuracy(experiment):
+def test_the_metric_of_single_labels_stays_accuracy(experiment, tmp_path):
     pipeline = Pipeline(load_experiment(experiment()))
     for found in (pipeline.prints.teachers[0], pipeline.prints.baseline(0), pipeline.prints.student(0)):
         assert found["training"]["metric_for_best_model"] == "accuracy"
-    assert pipeline.teachers._job(pipeline.materials.lead).arguments.metric_for_best_model == "accuracy"
+    assert metrics_of_jobs(pipeline, tmp_path) == {"accuracy"}
 
 
 def test_a_single_label_model_answers_as_before(tmp_path, capsys):
