@@ -63,7 +63,7 @@ def bootstrap_f1(found: Sequence[np.ndarray], wanted: np.ndarray, samples: int, 
 
     Example:
         >>> wanted = np.array([[True, False], [False, True]])
-        >>> bootstrap_f1([wanted, ~wanted], wanted, samples=100)[:, 1].max()
+        >>> float(bootstrap_f1([wanted, ~wanted], wanted, samples=100)[:, 1].max())
         0.0
     """
     values = np.empty((samples, len(found)))
