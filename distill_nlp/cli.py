@@ -143,7 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         help="texts; or one file (csv, tsv, json, jsonl, parquet by its text column, any other by lines); - for stdin",
     )
     predict.add_argument(
-        "--format", choices=("text", "jsonl"), default="text", help="output: label, score, text; or JSON"
+        "--format",
+        choices=("text", "jsonl"),
+        default="text",
+        help="output: label, score, text (with several labels per text, "
+        "labels and scores joined by commas, - where none applies); or JSON",
     )
     predict.add_argument("--text_column", default="text", metavar="NAME", help="column of a file with columns [text]")
     predict.add_argument("--batch_size", type=positive, default=32, metavar="N", help="texts of one pass [32]")

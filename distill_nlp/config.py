@@ -39,7 +39,7 @@ class DataSection(Section):
     unlabeled: str | None = Field(None, description="split, or a file, whose texts are distilled without labels")
     text_column: str = Field("text", description="column of the text")
     text_pair_column: str | None = Field(None, description="column of a second text, for pairs")
-    label_column: str = Field("label", description="column of the label: integers from 0, or strings")
+    label_column: str = Field("label", description="column of the label: integers from 0, or strings; or lists of them")
     label_names: list[str] | None = Field(None, min_length=2, description="names of the classes, by index")
     tokenizer: str | None = Field(
         None,
@@ -49,7 +49,10 @@ class DataSection(Section):
     vocab_size: int = Field(2000, ge=100, le=200_000, description=f"size of a `{TRAIN_TOKENIZER}` vocabulary")
     max_length: int = Field(256, ge=8, le=100_000, description="longest input in tokens; the rest is cut off")
     unlabeled_min_confidence: float | None = Field(
-        None, gt=0, le=1, description="drop unlabeled rows on which the teacher's highest probability is lower"
+        None,
+        gt=0,
+        le=1,
+        description="drop unlabeled rows on which the teacher's highest probability is lower; one label per text only",
     )
     pseudo_labels: bool = Field(False, description="give unlabeled rows the teacher's answer as a label, for ce")
     truncation_side: Literal["right", "left"] = Field("right", description="the end of a long text that is cut off")

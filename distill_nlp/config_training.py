@@ -7,6 +7,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+METRICS = ("accuracy", "f1_macro")
+"""Validation metrics that are maximised."""
+
+
+def task_metric(problem_type: str) -> str:
+    """What a kind of task is judged by: accuracy, or macro-F1 where texts have several labels."""
+    return "f1_macro" if problem_type == "multi_label_classification" else "accuracy"
+
 
 def did_you_mean(name: str, known: Any) -> str:
     from difflib import get_close_matches
@@ -60,8 +68,10 @@ class TrainingSection(BaseModel):
     )
     eval_strategy: Literal["epoch", "steps", "no"] = Field("epoch", description="when to evaluate and to save")
     eval_steps: int | None = Field(None, ge=1, description='steps between evaluations with eval_strategy "steps"')
-    metric_for_best_model: Literal["accuracy", "f1_macro", "loss"] = Field(
-        "accuracy", description="validation metric that picks the best checkpoint"
+    metric_for_best_model: Literal["auto", "accuracy", "f1_macro", "loss"] = Field(
+        "auto",
+        description="validation metric that picks the best checkpoint; auto: accuracy, or f1_macro where texts have "
+        "several labels",
     )
     early_stopping_patience: int | None = Field(
         None, ge=1, description="stop after so many evaluations in a row without a better metric; else never"
@@ -71,6 +81,10 @@ class TrainingSection(BaseModel):
     dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare batches")
     report_to: str | list[str] = Field("none", description="trackers: tensorboard, wandb, trackio, ...")
     use_cpu: bool = Field(False, description="stay on the CPU although there is an accelerator")
+
+    def best_metric(self, problem_type: str) -> str:
+        """`metric_for_best_model` for this kind of task."""
+        return task_metric(problem_type) if self.metric_for_best_model == "auto" else self.metric_for_best_model
 
     @field_validator("max_steps")
     @classmethod

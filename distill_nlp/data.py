@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,18 @@ from typing import Any
 
 from distill_nlp.config import SYNTHETIC, DataSection
 from distill_nlp.data_files import load_split
+from distill_nlp.data_labels import check_classes, check_same_kind, label_names, problem_type_of, unlabeled, with_labels
 from distill_nlp.errors import UsageError
-from distill_nlp.losses.base import IGNORE_INDEX
+from distill_nlp.losses.base import MULTI_LABEL, SINGLE_LABEL, ProblemType
 
 Loader = Callable[[str], Any]
 
 
 @dataclass
 class Splits:
-    """The raw splits, each a `datasets.Dataset` of `text`, maybe `text_pair`, and integer `labels`.
+    """The raw splits, each a `datasets.Dataset` of `text`, maybe `text_pair`, and `labels`.
+
+    Labels are class indices; where texts have several labels, a list of C numbers, 1 for each class that applies.
 
     Args:
         train: what the students learn from.
@@ -28,8 +30,9 @@ class Splits:
         test: what the report reads.
         label_names: names of the classes by index; `LABEL_0` and so on where the data do not name them.
         teacher_train: what the teacher is fine-tuned on; train itself unless the config says otherwise.
-        unlabeled: rows of label -100, or None.
+        unlabeled: rows of label -100 (C times where there are lists), or None.
         notes: what was done to the data that the user should know.
+        problem_type: as in Transformers' configs.
     """
 
     train: Any
@@ -39,28 +42,38 @@ class Splits:
     teacher_train: Any
     unlabeled: Any | None
     notes: list[str]
+    problem_type: ProblemType = SINGLE_LABEL
 
 
 def load_splits(config: DataSection, teacher_train_split: str | None = None) -> Splits:
-    """Loads and checks all splits of an experiment.
+    """Loads and checks all splits of an experiment. A label column of lists makes it a multi-label one.
 
     Raises:
         UsageError: a split or column is missing or empty, a text is no string, a label is missing, unknown or out of
-            range, or all labels are the same; with the split and the row.
+            range, splits differ in the kind of their labels, or all labels are the same; with the split and the row.
     """
     load = _loader(config)
     notes: list[str] = []
     raw_train = _columns(load(config.train_split), config, config.train_split)
-    names = _label_names(raw_train, config)
-    train = _with_labels(raw_train, config, config.train_split, names)
-    test = _with_labels(_columns(load(config.test_split), config, config.test_split), config, config.test_split, names)
+    problem_type = problem_type_of(raw_train)
+    if problem_type == MULTI_LABEL and config.unlabeled_min_confidence is not None:
+        raise UsageError(
+            "data.unlabeled_min_confidence is defined for one label per text, and these have several: leave it out"
+        )
+    names = label_names(raw_train, config)
+    train = with_labels(raw_train, config, config.train_split, names)
+
+    def labeled(split: str) -> Any:
+        raw = _columns(load(split), config, split)
+        check_same_kind(raw, config, split, problem_type)
+        return with_labels(raw, config, split, names)
+
+    test = labeled(config.test_split)
     teacher_train = None
     if teacher_train_split is not None and teacher_train_split != config.train_split:
-        raw = _columns(load(teacher_train_split), config, teacher_train_split)
-        teacher_train = _with_labels(raw, config, teacher_train_split, names)
+        teacher_train = labeled(teacher_train_split)
     if config.validation_split is not None:
-        raw = _columns(load(config.validation_split), config, config.validation_split)
-        validation = _with_labels(raw, config, config.validation_split, names)
+        validation = labeled(config.validation_split)
     else:
         train, validation = _carve(train, len(names), config.validation_fraction, config.seed)
         notes.append(f"{len(validation)} validation rows carved from {config.train_split}, {len(train)} left")
@@ -69,19 +82,27 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
         notes.append(f"{shared} texts of {config.train_split} stand in {config.test_split} too")
     if teacher_train is not None:
         teacher_train = _without_held_out(teacher_train, [validation, test], notes, teacher_train_split or "")
-        _check_classes(teacher_train, teacher_train_split or "", names)
+        check_classes(teacher_train, teacher_train_split or "", names, notes)
     test = _sample(test, config.max_test_samples, config.seed)
-    unlabeled = None
+    pool = None
     if config.unlabeled is not None:
         # A file of its own: unlabelled texts seldom lie with the labelled ones.
         is_file = Path(config.unlabeled).expanduser().is_file()
-        pool = load_split(config.unlabeled, "train") if is_file else load(config.unlabeled)
-        raw = _columns(pool, config, config.unlabeled, labeled=False)
+        raw = load_split(config.unlabeled, "train") if is_file else load(config.unlabeled)
+        raw = _columns(raw, config, config.unlabeled, labeled=False)
         raw = _sample(raw, config.max_unlabeled_samples, config.seed)
-        unlabeled = _without_held_out(raw, [validation, test], notes, "unlabeled")
-        unlabeled = unlabeled.add_column("labels", [IGNORE_INDEX] * len(unlabeled))
-    _check_classes(train, config.train_split, names)
-    return Splits(train, validation, test, names, teacher_train or train, unlabeled, notes)
+        pool = unlabeled(_without_held_out(raw, [validation, test], notes, "unlabeled"), problem_type, len(names))
+    check_classes(train, config.train_split, names, notes)
+    return Splits(train, validation, test, names, teacher_train or train, pool, notes, problem_type)
+
+
+def read_problem_type(config: DataSection) -> ProblemType:
+    """The kind of task by the labels of the training split alone.
+
+    Raises:
+        UsageError: there is no such split or column.
+    """
+    return problem_type_of(_columns(_loader(config)(config.train_split), config, config.train_split))
 
 
 def _loader(config: DataSection) -> Loader:
@@ -130,86 +151,15 @@ def _columns(dataset: Any, config: DataSection, split: str, labeled: bool = True
     return dataset
 
 
-def _label_names(train: Any, config: DataSection) -> list[str]:
-    """Names of the classes: as the config says, as the data set says, or from the labels of train."""
-    feature = train.features["labels"]
-    known = list(getattr(feature, "names", None) or [])
-    if config.label_names is not None:
-        if known and len(known) != len(config.label_names):
-            raise UsageError(
-                f"data.label_names has {len(config.label_names)} names, the data set has {len(known)} classes: {known}"
-            )
-        if len(set(config.label_names)) < len(config.label_names):
-            raise UsageError(f"data.label_names: a name stands twice in {config.label_names}")
-        return list(config.label_names)
-    if known:
-        return known
-    values = set(train["labels"])
-    if all(isinstance(v, str) for v in values):
-        return sorted(values)
-    if all(isinstance(v, int) and not isinstance(v, bool) for v in values) and min(values) >= 0:
-        missing = sorted(set(range(max(values) + 1)) - values)
-        if missing and len(values) > 1:
-            raise UsageError(
-                f"data: the labels of {config.train_split} are {sorted(values)[:20]}, and no row has {missing[0]}; "
-                "number them from 0 without gaps, or set data.label_names"
-            )
-        return [f"LABEL_{i}" for i in range(max(values) + 1)]
-    if all(isinstance(v, bool) for v in values):
-        return ["false", "true"]
-    # What is wrong, and in which row, is said where the labels are mapped.
-    return ["LABEL_0", "LABEL_1"]
-
-
-def _with_labels(dataset: Any, config: DataSection, split: str, names: list[str]) -> Any:
-    """Maps labels to class indices, each checked."""
-    from datasets import ClassLabel
-
-    index = {name: i for i, name in enumerate(names)}
-    values = list(dataset["labels"])
-    # First of all: in a csv, one missing label turns the others into floats.
-    for row, value in enumerate(values):
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            raise UsageError(f"data: row {row} of the split {split!r} has no label in {config.label_column}")
-    labels = []
-    for row, value in enumerate(values):
-        where = f"data: row {row} of the split {split!r}"
-        if isinstance(value, bool):
-            value = int(value)
-        if isinstance(value, str):
-            if value not in index:
-                raise UsageError(f"{where} has the label {value!r}, which is not among {names} (data.label_names)")
-            labels.append(index[value])
-        elif isinstance(value, int):
-            if not 0 <= value < len(names):
-                hint = "; rows without a label go into data.unlabeled" if value < 0 else ""
-                raise UsageError(f"{where} has the label {value}, outside 0..{len(names) - 1} ({names}){hint}")
-            labels.append(value)
-        else:
-            raise UsageError(
-                f"{where} has the label {value!r} ({type(value).__name__}); a class is a whole number or a string"
-            )
-    plain = dataset.remove_columns("labels").add_column("labels", labels)
-    return plain.cast_column("labels", ClassLabel(names=names))
-
-
-def _check_classes(train: Any, split: str, names: list[str]) -> None:
-    present = set(train["labels"])
-    if len(present) < 2:
-        only = names[next(iter(present))]
-        raise UsageError(
-            f"data: all {len(train)} rows of the split {split!r} have the label {only!r}; a classifier needs two"
-        )
-
-
 def _carve(train: Any, num_classes: int, fraction: float, seed: int) -> tuple[Any, Any]:
-    size = max(num_classes, round(fraction * len(train)))
-    if size + num_classes > len(train):
+    several = problem_type_of(train) == MULTI_LABEL
+    size = max(1 if several else num_classes, round(fraction * len(train)))
+    if size + (2 if several else num_classes) > len(train):
         raise UsageError(f"data: {len(train)} training rows are too few to carve {size} for validation")
     try:
-        parts = train.train_test_split(test_size=size, seed=seed, stratify_by_column="labels")
+        # Sets of labels are too many to be stratified, and so is a class of a single row.
+        parts = train.train_test_split(test_size=size, seed=seed, stratify_by_column=None if several else "labels")
     except ValueError:
-        # A class of a single row cannot be stratified.
         parts = train.train_test_split(test_size=size, seed=seed)
     return parts["train"], parts["test"]
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from accelerate import PartialState
 
-from distill_nlp.config import Experiment
+from distill_nlp.config import Experiment, TrainingSection
 from distill_nlp.data import content_hash
 from distill_nlp.loading import checkpoint_print
 from distill_nlp.materials import Materials
@@ -40,10 +40,13 @@ class Fingerprints:
                 "data": self.materials.data_print_of(part) | {"train": train},
                 "teacher": settings.model_dump(include={"config", "overrides", "seed"}),
                 "model": checkpoint_print(settings.model, settings.revision),
-                "training": effective(self.experiment.teacher_training(), of_student=False),
+                "training": self._effective(self.experiment.teacher_training(), of_student=False),
                 "launch": self._launch,
             }
         )
+
+    def _effective(self, section: TrainingSection, of_student: bool) -> Fingerprint:
+        return effective(section, of_student, self.materials.splits.problem_type)
 
     @property
     def _launch(self) -> Fingerprint:
@@ -63,7 +66,7 @@ class Fingerprints:
             "data": self.materials.data_print | {"train": content_hash(self.materials.splits.train)},
             "student": settings | {"from_teacher": None if source is None else source.chosen()},
             "model": layers_of or checkpoint_print(student.model, student.revision),
-            "training": effective(experiment.training, of_student),
+            "training": self._effective(experiment.training, of_student),
             "seed": seed,
             "launch": self._launch,
         }
@@ -77,7 +80,7 @@ class Fingerprints:
         rest = {"ce": ce, "unlabeled_rows": 0 if pool is None or given else len(pool)}
         if self.experiment.phases:
             # Their steps together are its own.
-            phases = [effective(e.training, of_student=False) for e in self.experiment.student_trainings()]
+            phases = [self._effective(e.training, of_student=False) for e in self.experiment.student_trainings()]
             rest |= {"unlabeled_rows": 0 if pool is None else len(pool), "phases": phases}
         return plain(self._common(seed, of_student=False) | rest)
 

@@ -56,8 +56,8 @@ class Materials:
     def teachers(self) -> list[TeacherPart]:
         """The teacher, or all of an ensemble, the first one first."""
         settings, data = self.experiment.teacher, self.experiment.data
-        labels = self.splits.label_names
-        return [TeacherPart(member, i, data, labels) for i, member in enumerate(settings.members())]
+        labels, task = self.splits.label_names, self.splits.problem_type
+        return [TeacherPart(member, i, data, labels, task) for i, member in enumerate(settings.members())]
 
     @property
     def lead(self) -> TeacherPart:
@@ -214,6 +214,7 @@ class Materials:
                 teacher=teacher,
                 overrides=settings.overrides,
                 revision=settings.revision,
+                problem_type=self.splits.problem_type,
                 **({} if say is None else {"say": say}),
             )
         except (ValueError, TypeError) as error:

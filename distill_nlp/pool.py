@@ -93,6 +93,8 @@ def drop_unconfident(
     if not 0 < threshold <= 1:
         raise ValueError(f"the confidence threshold must be above 0 and at most 1, got {threshold}")
     unlabeled, logits = _pool(dataset, label_order)
+    if _has_lists(dataset):
+        raise ValueError("the rows have lists of labels: the teacher's confidence is defined for one label per row")
     certainty = confidence(logits[unlabeled])
     enough = certainty >= threshold
     if not enough.any():
@@ -111,6 +113,8 @@ def drop_unconfident(
 def add_pseudo_labels(dataset: Any, label_order: Sequence[int] | None = None) -> tuple[Any, int]:
     """Gives unlabelled rows the teacher's answer as their label; labelled rows keep theirs.
 
+    Where rows have (C,) labels, each class applies whose probability is above 0.5.
+
     Args:
         dataset: a `datasets.Dataset` with `labels`, -100 where there is none, and `teacher_logits`.
         label_order: for each student label the index of the teacher's logit, as `labels.label_order` gives it; None
@@ -120,7 +124,7 @@ def add_pseudo_labels(dataset: Any, label_order: Sequence[int] | None = None) ->
         The data set, and the number of rows that got a label.
 
     Raises:
-        ValueError: rows and logits that have no single class to give, or no unlabelled row.
+        ValueError: no unlabelled row, or logits that have no classes, or others than the labels.
 
     Example:
         >>> train, count = add_pseudo_labels(train, label_order(teacher.config, student.config))
@@ -131,10 +135,14 @@ def add_pseudo_labels(dataset: Any, label_order: Sequence[int] | None = None) ->
     unlabeled, logits = _pool(dataset, label_order)
     # `add_column` would write all columns anew for a data set whose rows were selected.
     table = dataset.with_format("arrow")[:]
-    labels = table.column("labels").to_numpy().copy()
-    labels[unlabeled] = logits[unlabeled].argmax(axis=1)
     place, kind = table.column_names.index("labels"), table.schema.field("labels")
-    table = table.set_column(place, kind, pyarrow.array(labels, type=kind.type))
+    if _has_lists(dataset):
+        column = _with_lists(table.column("labels"), unlabeled, logits[unlabeled] > 0)
+    else:
+        labels = table.column("labels").to_numpy().copy()
+        labels[unlabeled] = logits[unlabeled].argmax(axis=1)
+        column = pyarrow.array(labels, type=kind.type)
+    table = table.set_column(place, kind, column)
     # Without a fingerprint given, the data set would be known by a hash over all of it.
     labeled = Dataset(table, info=dataset.info, split=dataset.split, fingerprint=os.urandom(8).hex())
     shape = dataset.format
@@ -143,14 +151,28 @@ def add_pseudo_labels(dataset: Any, label_order: Sequence[int] | None = None) ->
     ), len(unlabeled)
 
 
+def _has_lists(dataset: Any) -> bool:
+    return hasattr(dataset.features["labels"], "feature")
+
+
+def _with_lists(column: Any, rows: np.ndarray, answers: np.ndarray) -> Any:
+    """The column of (N, C) labels with other ones in these rows."""
+    import pyarrow
+    import pyarrow.compute as pc
+
+    sizes = pc.list_value_length(column).to_numpy()
+    if (wrong := sizes != answers.shape[1]).any():
+        raise ValueError(
+            f"the rows must have a label for each of the teacher's {answers.shape[1]} classes, got {sizes[wrong][0]}"
+        )
+    labels = pc.list_flatten(column).to_numpy().reshape(len(sizes), -1).copy()
+    labels[rows] = answers
+    return pyarrow.array(list(labels), type=column.type)
+
+
 def _pool(dataset: Any, label_order: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
     """(M,) the unlabelled rows, and (N, C) the teacher's logits of all rows in the order of the student's labels."""
     unlabeled = np.flatnonzero(~labeled_rows(dataset))
-    if hasattr(dataset.features["labels"], "feature"):
-        raise ValueError(
-            "the rows have lists of labels: a teacher's single answer, and how sure it is of it, are defined for one "
-            "label per row"
-        )
     if not len(unlabeled):
         raise ValueError("there are no unlabelled rows (label -100) for the teacher's answers to judge")
     logits = _logits(dataset)

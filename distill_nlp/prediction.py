@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from distill_nlp.data_files import check_utf8, load_split
 from distill_nlp.errors import UsageError
 from distill_nlp.inference import predict_logits
 from distill_nlp.loading import load_classifier, load_config, load_tokenizer
+from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 
 _COLUMN_FILES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
 # Texts that are sorted by length together: memory stays flat on files of any size.
@@ -63,6 +65,9 @@ def predict(
 ) -> Iterator[str]:
     """One line for each text, in order: `label<TAB>score<TAB>text`, or JSON with the scores of all labels.
 
+    A multi-label model gives all labels whose probability is above 0.5, the most probable first, joined by commas as
+    their scores are, and `-` in both places where there is none; in JSON a list `labels`.
+
     Args:
         model: folder or Hub id of a classifier.
         texts: read as they are needed.
@@ -84,14 +89,22 @@ def predict(
     while window := list(islice(stream, _WINDOW)):
         encoded = tokenizer(window, truncation=True, max_length=limit)
         rows = [{key: encoded[key][i] for key in encoded} for i in range(len(window))]
-        scores = torch.softmax(torch.from_numpy(predict_logits(classifier, tokenizer, rows, batch_size)), dim=-1)
+        logits = torch.from_numpy(predict_logits(classifier, tokenizer, rows, batch_size))
+        several = ModelShape.from_config(config).problem_type == MULTI_LABEL
+        scores = torch.sigmoid(logits) if several else torch.softmax(logits, dim=-1)
         for text, row in zip(window, scores.tolist(), strict=True):
-            best = max(range(len(row)), key=row.__getitem__)
-            label = config.id2label[best]
-            if as_json:
-                named = {config.id2label[i]: round(score, 6) for i, score in enumerate(row)}
-                yield json.dumps(
-                    {"text": text, "label": label, "score": round(row[best], 6), "scores": named}, ensure_ascii=False
-                )
-            else:
-                yield f"{label}\t{row[best]:.4f}\t{' '.join(text.split())}"
+            named = {config.id2label[i]: score for i, score in enumerate(row)}
+            ranked = sorted(named, key=lambda name: -named[name])
+            chosen = [name for name in ranked if named[name] > 0.5] if several else ranked[:1]
+            yield _as_json(text, named, chosen, several) if as_json else _as_text(text, named, chosen)
+
+
+def _as_json(text: str, scores: dict[str, float], chosen: list[str], several: bool) -> str:
+    rounded = {name: round(score, 6) for name, score in scores.items()}
+    answer: dict[str, Any] = {"labels": chosen} if several else {"label": chosen[0], "score": rounded[chosen[0]]}
+    return json.dumps({"text": text, **answer, "scores": rounded}, ensure_ascii=False)
+
+
+def _as_text(text: str, scores: dict[str, float], chosen: list[str]) -> str:
+    labels, shown = ",".join(chosen) or "-", ",".join(f"{scores[name]:.4f}" for name in chosen) or "-"
+    return f"{labels}\t{shown}\t{' '.join(text.split())}"

@@ -16,11 +16,13 @@ class StageProgress(TrainerCallback):
     Args:
         name: of the stage.
         say: gets a line at each evaluation, where nobody watches a bar.
+        metric: of validation, that is shown.
     """
 
-    def __init__(self, name: str, say: Callable[[str], None]) -> None:
+    def __init__(self, name: str, say: Callable[[str], None], metric: str = "accuracy") -> None:
         self.name = name
         self.say = say
+        self.metric = metric
         self.bar: Any = None
         self.shown: dict[str, str] = {}
         self.training = False
@@ -44,16 +46,16 @@ class StageProgress(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        accuracy = (metrics or {}).get("eval_accuracy")
-        if accuracy is None or not state.is_world_process_zero:
+        value = (metrics or {}).get(f"eval_{self.metric}")
+        if value is None or not state.is_world_process_zero:
             return
         if self.bar is not None:
-            self.shown["validation"] = f"{accuracy:.4f}"
+            self.shown["validation"] = f"{value:.4f}"
             self.bar.set_postfix(self.shown)
         elif self.training and (state.global_step < state.max_steps or not control.should_training_stop):
-            losses = ", ".join(f"{name} {value}" for name, value in self.shown.items())
+            losses = ", ".join(f"{name} {loss}" for name, loss in self.shown.items())
             self.say(
-                f"{self.name:<20} step {state.global_step}/{state.max_steps}: validation accuracy {accuracy:.4f}"
+                f"{self.name:<20} step {state.global_step}/{state.max_steps}: validation {self.metric} {value:.4f}"
                 + (f" ({losses})" if losses else "")
             )
 

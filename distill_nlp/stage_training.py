@@ -19,9 +19,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 import distill_nlp
 from distill_nlp.arguments import DistillationArguments
 from distill_nlp.config import TrainingSection
+from distill_nlp.config_training import task_metric
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.errors import DistillError, UsageError
-from distill_nlp.losses import DistillationLoss
+from distill_nlp.losses import DistillationLoss, ModelShape
+from distill_nlp.losses.base import SINGLE_LABEL
 from distill_nlp.metrics import compute_metrics
 from distill_nlp.progress import StageProgress
 from distill_nlp.rehearsal import passing_folder, rehearsal
@@ -122,7 +124,7 @@ class TrainingJob:
         reason = reason_of_early_stop(trainer)
         if reason:
             say(f"{self.name:<20} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: {reason}")
-        metrics = trainer.evaluate()
+        metrics, shown_metric = trainer.evaluate(), self._shown_metric
         trainer.save_model(str(self.folder.result))
         if state.is_main_process:
             write_json(self.folder.result / "training_log.json", {"log": trainer.state.log_history})
@@ -146,9 +148,14 @@ class TrainingJob:
             )
         state.wait_for_everyone()
         say(
-            f"{self.name:<20} {trainer.state.global_step} steps in {seconds:.0f} s, validation accuracy "
-            f"{metrics['eval_accuracy']:.4f} → {self.folder.path}"
+            f"{self.name:<20} {trainer.state.global_step} steps in {seconds:.0f} s, validation {shown_metric} "
+            f"{metrics[f'eval_{shown_metric}']:.4f} → {self.folder.path}"
         )
+
+    @property
+    def _shown_metric(self) -> str:
+        """What its lines show: the task's own metric."""
+        return task_metric(ModelShape.from_config(self.model.config).problem_type)
 
     def rehearse(self, say: Say) -> None:
         """All that `run` does, in small: two steps, an evaluation of one batch, a checkpoint that is loaded again.
@@ -211,7 +218,7 @@ class TrainingJob:
                 eval_dataset=validation,
                 processing_class=self.tokenizer,
                 compute_metrics=compute_metrics,
-                callbacks=[StageProgress(self.name, say), *self.callbacks],
+                callbacks=[StageProgress(self.name, say, self._shown_metric), *self.callbacks],
             )
         except ValueError as error:
             raise UsageError(f"{self.name}: {error}") from error
@@ -221,13 +228,15 @@ class TrainingJob:
         return trainer
 
 
-def training_arguments(section: TrainingSection, output_dir: Path, seed: int) -> DistillationArguments:
-    """The Trainer's arguments for these settings.
+def training_arguments(
+    section: TrainingSection, output_dir: Path, seed: int, problem_type: str = SINGLE_LABEL
+) -> DistillationArguments:
+    """The Trainer's arguments for these settings and this kind of task.
 
     Raises:
         ValueError: settings that contradict each other, or that this machine cannot serve.
     """
-    values = section.model_dump()
+    values = section.model_dump() | {"metric_for_best_model": section.best_metric(problem_type)}
     if values.pop("gradient_checkpointing"):
         # The argument is being renamed; a deprecation warning per stage helps nobody.
         known = DistillationArguments.__dataclass_fields__
@@ -271,8 +280,8 @@ def same_budget(section: TrainingSection, arguments: DistillationArguments, rows
     return section.model_copy(update=changes)
 
 
-def effective(section: TrainingSection, of_student: bool) -> dict[str, Any]:
-    """The settings of a section that change what comes out; some are the distilled student's."""
+def effective(section: TrainingSection, of_student: bool, problem_type: str = SINGLE_LABEL) -> dict[str, Any]:
+    """The settings of a section that change what comes out in this kind of task; some are the distilled student's."""
     left_out = _COSMETIC if of_student else _COSMETIC | _OF_SEVERAL_TERMS | {"unlabeled_ratio"}
     if section.loss_balancing == "none":
         left_out = left_out | {"term_gradient_norm_steps"}
@@ -280,7 +289,8 @@ def effective(section: TrainingSection, of_student: bool) -> dict[str, Any]:
         left_out = left_out | {"early_stopping_threshold"}
     fields = TrainingSection.model_fields
     left_out = left_out | {k for k in _NEW if getattr(section, k) == fields[k].default}
-    return {k: v for k, v in section.model_dump(mode="json").items() if k not in left_out}
+    values = section.model_dump(mode="json") | {"metric_for_best_model": section.best_metric(problem_type)}
+    return {k: v for k, v in values.items() if k not in left_out}
 
 
 def versions() -> dict[str, str]:

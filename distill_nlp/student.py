@@ -9,17 +9,34 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from distill_nlp.loading import check_settings, load_classifier
+from distill_nlp.losses.base import ProblemType
 from distill_nlp.student_layers import student_from_teacher
 
 logger = logging.getLogger(__name__)
 
 
-def label_arguments(label_names: Sequence[str]) -> dict[str, Any]:
-    """The config arguments for these classes: both directions, always consistent."""
-    return {
+def label_arguments(label_names: Sequence[str], problem_type: ProblemType | None = None) -> dict[str, Any]:
+    """The config arguments for these classes: both directions, always consistent; and the kind of task, if given."""
+    arguments = {
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: i for i, name in enumerate(label_names)},
     }
+    return arguments if problem_type is None else {**arguments, "problem_type": problem_type}
+
+
+def task_settings(
+    label_names: Sequence[str], problem_type: ProblemType | None, overrides: dict[str, Any] | None
+) -> dict[str, Any]:
+    """`label_arguments` with a config's overrides over them.
+
+    Raises:
+        ValueError: the overrides name another kind of task.
+    """
+    overrides = overrides or {}
+    other = overrides.get("problem_type", problem_type)
+    if problem_type is not None and other != problem_type:
+        raise ValueError(f"overrides.problem_type is {other}, but the labels are those of {problem_type}: leave it out")
+    return {**label_arguments(label_names, problem_type), **overrides}
 
 
 def build_student(
@@ -31,6 +48,7 @@ def build_student(
     teacher: PreTrainedModel | None = None,
     overrides: dict[str, Any] | None = None,
     revision: str | None = None,
+    problem_type: ProblemType | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> PreTrainedModel:
     """Builds a student with a head for these classes, in float32; what is drawn at random follows `torch.manual_seed`.
@@ -43,17 +61,19 @@ def build_student(
         teacher: the model whose layers, and head where it is a classifier for these labels, `from_teacher` takes.
         overrides: settings of the student's config to change, e.g. `{"attention_dropout": 0.0}`.
         revision: of `model` on the Hub.
+        problem_type: for the student's config; not given, it is left as it is.
         say: gets one line of what was made.
 
     Raises:
-        ValueError: not exactly one of the three ways is given, or a setting of theirs does not fit.
+        ValueError: not exactly one of the three ways is given, or a setting of theirs does not fit, as overrides of
+            another problem_type.
 
     Example:
         >>> student = build_student(["bad", "good"], from_teacher={"layers": 3}, teacher=teacher)
     """
     if sum(way is not None for way in (model, config, from_teacher)) != 1:
         raise ValueError("a student needs exactly one of model, config and from_teacher")
-    settings = {**label_arguments(label_names), **(overrides or {})}
+    settings = task_settings(label_names, problem_type, overrides)
     if from_teacher is not None:
         if teacher is None:
             raise ValueError("from_teacher needs the teacher's model")

@@ -272,7 +272,7 @@ def _load(student: PreTrainedModel, state: State, model_type: str, settings: dic
     for key, tensor in state.items():
         if key in wanted and tensor.shape != wanted[key].shape:
             ours, own = tuple(wanted[key].shape), tuple(tensor.shape)
-            names = ", ".join(sorted(settings.keys() - {"id2label", "label2id"}))
+            names = ", ".join(sorted(settings.keys() - {"id2label", "label2id", "problem_type"}))
             raise ValueError(f"overrides ({names}) make {key} {ours}, the teacher has {own}: leave the size out")
     result = student.load_state_dict(state, strict=False)
     # Buffers such as position_ids are made by the student itself; a parameter left at random would be a silent loss.

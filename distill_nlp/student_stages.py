@@ -105,6 +105,10 @@ class StudentStages:
         )
 
     @property
+    def _task(self) -> str:
+        return self.materials.splits.problem_type
+
+    @property
     def _rows(self) -> int:
         """That a student sees in an epoch, before any gate."""
         splits = self.materials.splits
@@ -122,7 +126,7 @@ class StudentStages:
             section = same_budget(section, arguments, self._rows).model_copy(update={"max_steps": steps})
         elif self.materials.splits.unlabeled is not None:
             section = same_budget(section, arguments, self._rows)
-        return training_arguments(section, folder.checkpoints, seed)
+        return training_arguments(section, folder.checkpoints, seed, self._task)
 
     # ---- the student ----
 
@@ -170,11 +174,11 @@ class StudentStages:
         # The same seed at the same point as in the baseline's stage: both start from the same weights.
         set_seed(seed)
         model = self._new_student(name, dry) if model is None else model
-        arguments = training_arguments(experiment.training, folder.checkpoints, seed)
+        arguments = training_arguments(experiment.training, folder.checkpoints, seed, self._task)
         if experiment.data.unlabeled is not None and experiment.data.unlabeled_min_confidence is not None:
             # A gate leaves fewer rows, and the baseline does not know how many.
             section = same_budget(experiment.training, arguments, self._rows)
-            arguments = training_arguments(section, folder.checkpoints, seed)
+            arguments = training_arguments(section, folder.checkpoints, seed, self._task)
         return self.runner.job(
             name,
             folder,

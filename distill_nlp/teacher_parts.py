@@ -13,7 +13,8 @@ from distill_nlp.config import DataSection, TeacherMember
 from distill_nlp.errors import UsageError
 from distill_nlp.labels import label_order
 from distill_nlp.loading import is_classifier, load_classifier, load_config, load_tokenizer
-from distill_nlp.student import label_arguments, model_from_config
+from distill_nlp.losses.base import SINGLE_LABEL, ModelShape, ProblemType
+from distill_nlp.student import label_arguments, model_from_config, task_settings
 from distill_nlp.teacher import TEACHER_PREFIX
 from distill_nlp.tokenization import token_difference
 
@@ -26,18 +27,27 @@ class TeacherPart:
         index: 0 for the first.
         data: how texts become tokens.
         data_labels: class names of the data, by index.
+        problem_type: of the data.
 
     Raises:
-        UsageError: a checkpoint that cannot be loaded, or whose labels are not those of the data.
+        UsageError: a checkpoint that cannot be loaded, or whose labels or kind of task are not those of the data.
     """
 
-    def __init__(self, settings: TeacherMember, index: int, data: DataSection, data_labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        settings: TeacherMember,
+        index: int,
+        data: DataSection,
+        data_labels: Sequence[str],
+        problem_type: ProblemType = SINGLE_LABEL,
+    ) -> None:
         self.settings = settings
         self.index = index
         self.name = "teacher" if index == 0 else f"teacher-{index + 1}"
         self.max_length = settings.max_length or data.max_length
         self._data = data
         self._data_labels = list(data_labels)
+        self._problem_type = problem_type
         # Before its columns; set by `assign_prefixes`.
         self.prefix = ""
 
@@ -60,10 +70,21 @@ class TeacherPart:
         wanted = type(config)(**label_arguments(self._data_labels))
         try:
             label_order(config, wanted, settings.restrict_labels)
+            self._check_task(config)
         except ValueError as error:
             hint = f"set {self.where}.finetune: always to train a new head on it"
             raise UsageError(f"{self.where}.model {settings.model} does not fit the data: {error}; or {hint}") from None
         return config
+
+    def _check_task(self, config: Any) -> None:
+        """Logits that were trained under a softmax say nothing under a sigmoid, and the other way round."""
+        own = ModelShape.from_config(config).problem_type
+        if own != self._problem_type:
+            said = getattr(config, "problem_type", None)
+            raise ValueError(
+                f"it is a model for {own} (problem_type in its config: {said}), the labels ask for "
+                f"{self._problem_type}; if it was trained for that, write problem_type into its config.json"
+            )
 
     @cached_property
     def own_tokenizer(self) -> Any | None:
@@ -75,7 +96,9 @@ class TeacherPart:
     def config(self, label_names: Sequence[str], sizes: dict[str, Any]) -> Any:
         """The config that it has, or will have."""
         if self.settings.model is not None:
-            return load_config(self.settings.model, self.settings.revision)
+            config = load_config(self.settings.model, self.settings.revision)
+            config.problem_type = self._problem_type
+            return config
         return self.new_model(label_names, sizes).config
 
     def new_model(self, label_names: Sequence[str], sizes: dict[str, Any]) -> PreTrainedModel:
@@ -86,13 +109,13 @@ class TeacherPart:
             sizes: what a config from scratch takes from the tokenizer.
         """
         settings = self.settings
-        overrides = {**label_arguments(list(label_names)), **settings.overrides}
-        if settings.model is not None:
-            return load_classifier(settings.model, settings.revision, **overrides)
         try:
-            return model_from_config({**sizes, **(settings.config or {})}, overrides)
+            overrides = task_settings(label_names, self._problem_type, settings.overrides)
+            if settings.model is None:
+                return model_from_config({**sizes, **(settings.config or {})}, overrides)
         except (ValueError, TypeError) as error:
             raise UsageError(f"{self.where}.{error}") from error
+        return load_classifier(settings.model, settings.revision, **overrides)
 
 
 def prepared(tokenizer: Any, data: DataSection, max_length: int) -> Any:

@@ -76,7 +76,9 @@ class TeacherStages:
             model=self.materials.new_teacher(part),
             losses={"ce": CrossEntropyLoss()},
             train=self.materials.tokens(self.materials.splits.teacher_train, part),
-            arguments=training_arguments(self.experiment.teacher_training(), folder.checkpoints, seed),
+            arguments=training_arguments(
+                self.experiment.teacher_training(), folder.checkpoints, seed, self.materials.splits.problem_type
+            ),
         )
 
     def source(self, part: TeacherPart) -> tuple[str, str | None]:
@@ -127,7 +129,7 @@ class TeacherStages:
         return config if len(self.materials.teachers) == 1 else self._with_data_labels(config)
 
     def _with_data_labels(self, config: Any) -> Any:
-        return type(config)(**label_arguments(self.materials.label_names))
+        return type(config)(**label_arguments(self.materials.label_names, self.materials.splits.problem_type))
 
     @cached_property
     def student_rows(self) -> Any:

@@ -63,7 +63,9 @@ def tokenize(
         return tokens
 
     tokens = dataset.map(encode, batched=True, remove_columns=None if keep_texts else columns, desc="Tokenizing")
-    return tokens.cast_column("labels", Value("int64")) if "labels" in tokens.column_names else tokens
+    # Lists, of several labels per text, are numbers already; a class index leaves the names of the classes behind.
+    one_label = "labels" in tokens.column_names and not hasattr(tokens.features["labels"], "feature")
+    return tokens.cast_column("labels", Value("int64")) if one_label else tokens
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

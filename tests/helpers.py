@@ -378,3 +378,23 @@ def write_rows(folder: Path, words: int = 3) -> Path:
         extra = {"other": [f"w{20 + i % 30}" for i in range(count)], "big": table.label * 7, "same": 1}
         table.assign(**extra).to_parquet(folder / f"{split}.parquet")
     return folder
+
+
+TOPICS = ("food", "money", "sport")
+
+
+def write_rows_of_several_labels(folder: Path, names: tuple[str, ...] | None = TOPICS) -> Path:
+    """Separable rows in jsonl: each of three words tells one label; a row may have all of them, or none.
+
+    Args:
+        names: of the labels; None: their numbers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, (split, count) in enumerate([("train", 48), ("validation", 16), ("test", 24), ("pool", 20)]):
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as lines:
+            for i in range(count):
+                found = [c for c in range(len(TOPICS)) if i >> c & 1]
+                words = [f"w{4 + c}" for c in found] + [f"w{10 + (i * 7 + k) % 60}", f"w{10 + i * 3 % 50}"]
+                labels = found if names is None else [names[c] for c in found]
+                lines.write(json.dumps({"text": " ".join(words), "labels": labels}) + "\n")
+    return folder

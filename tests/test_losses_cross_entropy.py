@@ -306,6 +306,7 @@ def test_balanced_weights_have_the_mean_one_over_the_rows():
         ([0, 1, 3], r"balanced class weights need labels from 0 to 2, got \[0, 1, 3\]"),
         ([0, -1], r"need labels from 0 to 2, got \[-1, 0\]"),
         ([0.5, 1.0], r"balanced class weights need \(N,\) integer labels, got torch.float32 of shape \(2,\)"),
+        ([[0.0, 1.0], [1.0, 0.0]], "balanced is defined for one label per row, .* give a list of one factor per class"),
         ([[0, 1], [1, 0]], r"need \(N,\) integer labels, got torch.int64 of shape \(2, 2\)"),
     ],
 )

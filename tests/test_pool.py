@@ -203,12 +203,36 @@ def test_logits_that_are_no_numbers_are_refused_with_the_row(judge, wrong, row):
         judge(make_pool(logits))
 
 
-@BOTH
-def test_rows_with_lists_of_labels_are_refused(judge):
+def pool_of_lists(kind="float32", classes=3) -> Dataset:
     data = make_pool().remove_columns("labels")
-    labels = [[-100, -100, -100] if row in UNLABELED else [0, 1, 0] for row in range(ROWS)]
+    labels = [[-100] * classes if row in UNLABELED else [0, 1, 0][:classes] for row in range(ROWS)]
+    return data.add_column("labels", labels).cast_column("labels", List(Value(kind)))
+
+
+@VIEWS
+@pytest.mark.parametrize("kind", ["float32", "float64", "int64"])
+@pytest.mark.parametrize("order", [None, [2, 0, 1]])
+def test_pseudo_labels_of_lists_are_all_classes_above_one_half(view, kind, order):
+    data = views(pool_of_lists(kind))[view]
+    labelled, count = add_pseudo_labels(data, order)
+    assert count == len(UNLABELED)
+    assert labelled.features == data.features
+    for row, (labels, logits) in enumerate(zip(labelled["labels"], some_logits(), strict=True)):
+        of_student = [logits[i] for i in order or range(3)]
+        expected = [float(1 / (1 + math.exp(-z)) > 0.5) for z in of_student] if row in UNLABELED else [0, 1, 0]
+        assert list(labels) == expected
+    others = [name for name in data.column_names if name != "labels"]
+    assert labelled.select_columns(others).to_dict() == data.select_columns(others).to_dict()
+
+
+def test_lists_of_another_number_of_classes_are_refused():
+    with pytest.raises(ValueError, match="must have a label for each of the teacher's 3 classes, got 2"):
+        add_pseudo_labels(pool_of_lists(classes=2))
+
+
+def test_a_gate_for_rows_with_lists_of_labels_is_refused():
     with pytest.raises(ValueError, match="the rows have lists of labels: .* one label per row"):
-        judge(data.add_column("labels", labels))
+        drop_unconfident(pool_of_lists(), 0.5)
 
 
 @BOTH

@@ -84,6 +84,18 @@ def test_from_config_for_several_labels_of_a_row():
     assert student.config.problem_type == "multi_label_classification"
 
 
+@pytest.mark.parametrize("problem_type", [None, "single_label_classification", "multi_label_classification"])
+def test_the_kind_of_task_goes_into_the_config_where_it_is_given(problem_type):
+    assert build_student(LABELS, config=SMALL, problem_type=problem_type).config.problem_type == problem_type
+
+
+def test_overrides_of_another_kind_of_task_are_refused():
+    overrides = {"problem_type": "regression"}
+    expected = "overrides.problem_type is regression, but the labels are those of multi_label_classification"
+    with pytest.raises(ValueError, match=expected):
+        build_student(LABELS, config=SMALL, overrides=overrides, problem_type="multi_label_classification")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

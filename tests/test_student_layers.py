@@ -352,3 +352,9 @@ def test_the_teacher_stays_as_it_was():
     build_student(LABELS, from_teacher={"layers": 1, "architecture": "same", "width": 8}, teacher=teacher)
     assert all(torch.equal(tensor, before[name]) for name, tensor in parameters_of(teacher).items())
     assert teacher.config.n_layers == depth
+
+
+def test_sizes_in_overrides_that_the_teacher_has_not_are_named_without_the_settings_of_the_labels():
+    settings = {"from_teacher": {"layers": 2}, "overrides": {"vocab_size": 50}}
+    with pytest.raises(ValueError, match=r"overrides \(vocab_size\) make .* the teacher has .*: leave the size out"):
+        build_student(LABELS, **settings, teacher=make_teacher(), problem_type="multi_label_classification")

@@ -185,6 +185,7 @@ def test_without_a_split_for_validation_the_rows_of_train_stand_in_for_test(swee
         ("accuracy", None, "accuracy"),
         ("f1_macro", None, "f1_macro"),
         ("loss", None, "accuracy"),
+        ("auto", None, "accuracy"),
         ("accuracy", "f1_macro", "f1_macro"),
     ],
 )

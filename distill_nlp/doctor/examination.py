@@ -15,6 +15,7 @@ from distill_nlp.doctor.findings import Finding, guarded
 from distill_nlp.doctor.labels import check_labels
 from distill_nlp.doctor.measure import activation_bytes, features_bytes
 from distill_nlp.doctor.memory import check_memory, estimate_memory, forward_peak, free_memory, tensor_bytes
+from distill_nlp.doctor.multi_label import check_class_rates, check_multi_label_teacher
 from distill_nlp.doctor.subject import AUTOCAST, SPLITS, Subject
 from distill_nlp.doctor.teacher_accuracy import check_softness, check_teacher_accuracy
 from distill_nlp.doctor.timing import check_run_time
@@ -22,7 +23,7 @@ from distill_nlp.doctor.trace import no_trace
 from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_order
-from distill_nlp.losses.base import ModelShape
+from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 from distill_nlp.materials import Materials
 from distill_nlp.stage_training import mixed_precision
 from distill_nlp.student import label_arguments
@@ -159,7 +160,8 @@ def _check_settings(found: _Findings, subject: Subject) -> None:
 
 
 def _check_rows(found: _Findings, subject: Subject) -> None:
-    metric = subject.experiment.training.metric_for_best_model
+    task = subject.materials.splits.problem_type
+    metric = subject.experiment.training.best_metric(task)
     columns = {name: subject.columns(name) for name in SPLITS}
     labels = {name: subject.labels(name) for name in SPLITS}
     names = subject.materials.splits.label_names
@@ -167,7 +169,8 @@ def _check_rows(found: _Findings, subject: Subject) -> None:
     found.add("duplicates", lambda: rows.check_leakage(columns["train"], held_out))
     found.add("label noise", lambda: rows.check_contradictions(columns["train"], labels["train"]))
     found.add("splits", lambda: rows.check_splits_differ(columns["validation"], columns["test"]))
-    found.add("classes", lambda: rows.check_classes(labels, names, metric))
+    check = check_class_rates if task == MULTI_LABEL else rows.check_classes
+    found.add("classes", lambda: check(labels, names, metric))
 
 
 def _check_texts(found: _Findings, subject: Subject) -> None:
@@ -295,6 +298,9 @@ def _answers(subject: Subject, part: TeacherPart, accuracy_rows: int) -> list[Fi
     if order is not None:
         logits = logits[:, order]
     labels = np.array([row["labels"] for row in encoded])
+    if materials.splits.problem_type == MULTI_LABEL:
+        # No softness: of rare classes all but a few probabilities are near 0, with a good teacher too.
+        return [check_multi_label_teacher(logits, labels, teacher=part.name)]
     soft = {
         name: loss.temperature.schedule.highest
         for name, loss in subject.new_objective().losses.items()

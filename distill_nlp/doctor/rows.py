@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -67,13 +67,17 @@ def check_leakage(train: Columns, held_out: Mapping[str, Columns]) -> Finding:
     )
 
 
-def check_contradictions(train: Columns, labels: Sequence[int]) -> Finding:
+def check_contradictions(train: Columns, labels: Sequence[Hashable]) -> Finding:
     """Rows of train with one text and different labels.
+
+    Args:
+        train: its columns of texts.
+        labels: of each row, its class, or all of its labels as a tuple.
 
     Returns:
         A warning where at least one row in a thousand is one, else ok; with the share of rows that are repeated.
     """
-    by_text: dict[tuple[str, ...], list[int]] = {}
+    by_text: dict[tuple[str, ...], list[Hashable]] = {}
     for row, label in zip(folded_rows(train), labels, strict=True):
         by_text.setdefault(row, []).append(label)
     repeated = sum(len(found) - 1 for found in by_text.values())
@@ -116,18 +120,8 @@ def check_classes(splits: Mapping[str, Sequence[int]], names: Sequence[str], met
         f"{len(names)} classes; rarest in train {names[rarest]} {train[rarest] / train.sum():.1%}, largest "
         f"{names[largest]} {train[largest] / train.sum():.1%}; always naming the largest gives {bar:.3f} on {measured}"
     )
-    absent = {
-        split: [names[i] for i in np.flatnonzero(found == 0)] for split, found in counts.items() if (found == 0).any()
-    }
-    if absent:
-        missing = "; ".join(f"{_listed(classes)} in {split}" for split, classes in absent.items())
-        return Finding(
-            "warning",
-            "classes",
-            f"{what}; no rows of {missing}",
-            "labels teach nothing about a class without training rows, and macro-F1 counts 0 for one that is not there",
-            "rows of it, --data.label_names without it, or larger --data.max_train_samples and --data.max_test_samples",
-        )
+    if absent := absent_classes(counts, names, what):
+        return absent
     if train[largest] > IMBALANCE * train[rarest] and metric != "f1_macro":
         return Finding(
             "warning",
@@ -137,6 +131,29 @@ def check_classes(splits: Mapping[str, Sequence[int]], names: Sequence[str], met
             "--training.metric_for_best_model f1_macro, and read macro-F1 in the report",
         )
     return Finding("ok", "classes", what)
+
+
+def absent_classes(counts: Mapping[str, np.ndarray], names: Sequence[str], what: str) -> Finding | None:
+    """A warning where a split has no row of a class.
+
+    Args:
+        counts: split -> (C,) rows of each class.
+        names: of the classes.
+        what: was found of them besides.
+    """
+    absent = {
+        split: [names[i] for i in np.flatnonzero(found == 0)] for split, found in counts.items() if (found == 0).any()
+    }
+    if not absent:
+        return None
+    missing = "; ".join(f"{_listed(classes)} in {split}" for split, classes in absent.items())
+    return Finding(
+        "warning",
+        "classes",
+        f"{what}; no rows of {missing}",
+        "labels teach nothing about a class without training rows, and macro-F1 counts 0 for one that is not there",
+        "rows of it, --data.label_names without it, or larger --data.max_train_samples and --data.max_test_samples",
+    )
 
 
 def check_row_counts(counts: Mapping[str, int]) -> Finding:

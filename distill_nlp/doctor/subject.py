@@ -22,6 +22,7 @@ from distill_nlp.errors import DistillError
 from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.loading import load_classifier
 from distill_nlp.losses import CrossEntropyLoss
+from distill_nlp.losses.base import MULTI_LABEL
 from distill_nlp.materials import Materials
 from distill_nlp.modeling import DistillationModel
 from distill_nlp.objective import DistillationObjective
@@ -61,8 +62,11 @@ class Subject:
         dataset = getattr(self.materials.splits, split)
         return [list(dataset[name]) for name in TEXT_COLUMNS if name in dataset.column_names]
 
-    def labels(self, split: str) -> list[int]:
-        return list(getattr(self.materials.splits, split)["labels"])
+    def labels(self, split: str) -> list[Any]:
+        """The class of each row, or its labels as a tuple of 0 and 1."""
+        labels = getattr(self.materials.splits, split)["labels"]
+        several = self.materials.splits.problem_type == MULTI_LABEL
+        return [tuple(row) for row in labels] if several else list(labels)
 
     @cached_property
     def samples(self) -> dict[str, TextSample]:
@@ -246,7 +250,7 @@ def cached_answers(classes: int, states: set[tuple[int, str]], config: Any) -> C
 
 
 def stretched(row: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """An encoded row repeated to so many tokens; what other readers have of it grows alike."""
+    """An encoded row repeated to so many tokens; what other readers have of it grows alike, its labels stay."""
     factor = tokens / len(row["input_ids"])
     if factor <= 1:
         return row
@@ -255,4 +259,4 @@ def stretched(row: dict[str, Any], tokens: int) -> dict[str, Any]:
         length = round(len(values) * factor)
         return (values * (length // len(values) + 1))[:length]
 
-    return {name: grown(x) if isinstance(x, list) else x for name, x in row.items()}
+    return {name: grown(x) if isinstance(x, list) and name != "labels" else x for name, x in row.items()}

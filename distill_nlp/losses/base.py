@@ -13,7 +13,9 @@ from distill_nlp.outputs import Features
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
-TASKS: tuple[ProblemType, ...] = ("single_label_classification", "multi_label_classification", "regression")
+SINGLE_LABEL: ProblemType = "single_label_classification"
+MULTI_LABEL: ProblemType = "multi_label_classification"
+TASKS: tuple[ProblemType, ...] = (SINGLE_LABEL, MULTI_LABEL, "regression")
 
 IGNORE_INDEX = -100
 """A label that says "this row has none": it counts in no loss that needs labels."""

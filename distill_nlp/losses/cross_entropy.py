@@ -41,6 +41,11 @@ def balanced_class_weights(labels: Sequence[int] | torch.Tensor, num_classes: in
         [0.6666666666666666, 2.0]
     """
     labels = labels if isinstance(labels, torch.Tensor) else torch.tensor(list(labels))
+    if labels.dim() == 2 and labels.is_floating_point():
+        raise ValueError(
+            "class_weights: balanced is defined for one label per row, and these have several: give a list of one "
+            "factor per class"
+        )
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(
             f"balanced class weights need (N,) integer labels, got {labels.dtype} of shape {tuple(labels.shape)}"

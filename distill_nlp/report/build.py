@@ -14,14 +14,16 @@ import torch
 from torch import nn
 
 from distill_nlp.config import ReportSection
+from distill_nlp.config_training import task_metric
 from distill_nlp.ensemble import mean_logits
 from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_order
 from distill_nlp.loading import load_classifier, load_config
 from distill_nlp.losses import ModelShape
-from distill_nlp.metrics import ClassificationMetrics
+from distill_nlp.losses.base import MULTI_LABEL, SINGLE_LABEL
+from distill_nlp.report.scores import agreement, compared, right_rows, scores
 from distill_nlp.report.speed import Run, measure_speed
-from distill_nlp.report.statistics import bootstrap_means, gap_closed, interval, mcnemar
+from distill_nlp.report.statistics import gap_closed, interval, mcnemar
 
 SCHEMA_VERSION = 1
 LOGITS = "logits"
@@ -65,7 +67,7 @@ def build_report(
         teachers: the teacher, or all of an ensemble, which is then compared as one.
         baselines, students: seed -> folder, the same seeds in both.
         tokenizer: of the baselines and the students.
-        test: tokenized rows with `labels`, as these read them.
+        test: tokenized rows with `labels`, as these read them; lists of 0 and 1 where texts have several labels.
         label_names: names of the classes, by index.
         settings: what to measure.
         mean: that an ensemble takes, "probabilities" or "logits".
@@ -76,6 +78,7 @@ def build_report(
     """
     rows = test.to_list()
     labels = np.array([row["labels"] for row in rows])
+    problem_type = MULTI_LABEL if labels.ndim == 2 else SINGLE_LABEL
     student_config = load_config(str(next(iter(students.values()))))
     runs, answers = [], []
     for i, teacher in enumerate(teachers):
@@ -96,14 +99,14 @@ def build_report(
     models: dict[str, Any] = {
         "teacher": {
             "path": str(teachers[0].path),
-            **_scores(logits["teacher"], labels),
+            **scores(logits["teacher"], labels),
             **{key: round(sum(size[key] for size in sizes), 2) for key in sizes[0]},
         }
     }
     if len(teachers) > 1:
         models["teacher"] |= {
             "ensemble": [
-                {"path": str(t.path), "weight": t.weight, **_scores(found, labels)}
+                {"path": str(t.path), "weight": t.weight, **scores(found, labels)}
                 for t, found in zip(teachers, answers, strict=True)
             ],
             "mean": mean,
@@ -113,20 +116,23 @@ def build_report(
         seeds = {
             str(seed): {
                 "path": str(folder),
-                **_scores(logits[f"{kind}/{seed}"], labels),
-                "agreement": _agreement(logits[f"{kind}/{seed}"], logits["teacher"]),
+                **scores(logits[f"{kind}/{seed}"], labels),
+                "agreement": agreement(logits[f"{kind}/{seed}"], logits["teacher"], labels.ndim == 2),
             }
             for seed, folder in folders.items()
         }
         model = load_classifier(str(next(iter(folders.values()))))
         timed[kind] = [Run(model, tokenizer, rows)]
-        summary = {key: _mean_sd([s[key] for s in seeds.values()]) for key in ("accuracy", "f1_macro", "agreement")}
+        summarized = [key for key in next(iter(seeds.values())) if key != "path"]
+        summary = {key: _mean_sd([s[key] for s in seeds.values()]) for key in summarized}
         models[kind] = {"seeds": seeds, **summary, **_size(model, next(iter(folders.values())))}
     for name, speed in measure_speed(timed, settings, device).items():
         models[name] |= speed
 
     return {
         "schema_version": SCHEMA_VERSION,
+        "problem_type": problem_type,
+        "metric": task_metric(problem_type),
         "test_rows": len(rows),
         "label_names": label_names,
         "models": models,
@@ -145,21 +151,18 @@ def _mean(answers: list[np.ndarray], teachers: Sequence[ReportTeacher], mean: st
 
 def _compare(logits: dict[str, np.ndarray], labels: np.ndarray, seeds: list[int], samples: int) -> dict[str, Any]:
     """Student against baseline: differences with intervals over rows and seeds, and McNemar's test for each seed."""
-    right = {name: values.argmax(axis=1) == labels for name, values in logits.items()}
-    baseline = np.stack([right[f"baseline/{seed}"] for seed in seeds], axis=1)  # (N, seeds)
-    student = np.stack([right[f"student/{seed}"] for seed in seeds], axis=1)
+    baselines, students = ([f"{kind}/{seed}" for seed in seeds] for kind in ("baseline", "student"))
     # Each resample draws test rows, the same for all models, and then seeds: another run would have had other ones.
-    columns = np.concatenate([right["teacher"][:, None], baseline, student], axis=1).astype(float)
-    t, b, s = right["teacher"].mean(), baseline.mean(), student.mean()
-    means = bootstrap_means(columns, samples)  # (samples, 1 + 2 * seeds)
+    (t, b, s), values = compared(logits, labels, [["teacher"], baselines, students], samples)  # (samples, 1 + 2 seeds)
     drawn = np.random.default_rng(1).integers(len(seeds), size=(samples, len(seeds)))
-    bt = means[:, 0]
-    bb = np.take_along_axis(means[:, 1 : 1 + len(seeds)], drawn, axis=1).mean(axis=1)
-    bs = np.take_along_axis(means[:, 1 + len(seeds) :], drawn, axis=1).mean(axis=1)
+    bt = values[:, 0]
+    bb = np.take_along_axis(values[:, 1 : 1 + len(seeds)], drawn, axis=1).mean(axis=1)
+    bs = np.take_along_axis(values[:, 1 + len(seeds) :], drawn, axis=1).mean(axis=1)
     closed = float(gap_closed(t, b, s))
     tests = {}
-    for i, seed in enumerate(seeds):
-        tests[str(seed)] = _named(mcnemar(student[:, i], baseline[:, i]))
+    for seed, student, baseline in zip(seeds, students, baselines, strict=True):
+        tests[str(seed)] = _named(mcnemar(*(right_rows(logits[name], labels) for name in (student, baseline))))
+    metric = task_metric(MULTI_LABEL if labels.ndim == 2 else SINGLE_LABEL)
     return {
         "difference": {"value": float(s - b), "interval": interval(bs - bb)},
         "retention": {"value": float(s / t) if t else None, "interval": interval(bs / np.where(bt > 0, bt, np.nan))},
@@ -167,7 +170,7 @@ def _compare(logits: dict[str, np.ndarray], labels: np.ndarray, seeds: list[int]
             "value": closed if np.isfinite(closed) else None,
             "interval": interval(gap_closed(bt, bb, bs)) if np.isfinite(closed) else None,
         },
-        "accuracy_intervals": {"teacher": interval(bt), "baseline": interval(bb), "student": interval(bs)},
+        f"{metric}_intervals": {"teacher": interval(bt), "baseline": interval(bb), "student": interval(bs)},
         "mcnemar": {"seeds": tests},
         "bootstrap_samples": samples,
     }
@@ -175,16 +178,6 @@ def _compare(logits: dict[str, np.ndarray], labels: np.ndarray, seeds: list[int]
 
 def _named(test: dict[str, Any]) -> dict[str, Any]:
     return {"student_only": test["a_only"], "baseline_only": test["b_only"], "p_value": test["p_value"]}
-
-
-def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return ClassificationMetrics().compute(
-        predictions=logits.argmax(axis=1), references=labels, labels=list(range(logits.shape[1]))
-    )
-
-
-def _agreement(logits: np.ndarray, teacher_logits: np.ndarray) -> float:
-    return float(np.mean(logits.argmax(axis=1) == teacher_logits.argmax(axis=1)))
 
 
 def _mean_sd(values: list[float]) -> dict[str, float | None]:

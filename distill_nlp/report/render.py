@@ -14,22 +14,35 @@ from distill_nlp.stages import write_json
 REPORT_FILE = "report.json"
 
 _COLUMNS = ("teacher", "baseline", "student")
+# By the metric that models are compared by: what is shown of them, in this order.
+_SHOWN = {
+    "accuracy": {"accuracy": "accuracy", "f1_macro": "macro-F1", "agreement": "agreement with the teacher"},
+    "f1_macro": {
+        "f1_macro": "macro-F1",
+        "f1_micro": "micro-F1",
+        "accuracy": "exact match",
+        "agreement": "agreement with the teacher, per row and class",
+    },
+}
 
 
 def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """What is compared, then teacher, baseline and student, as text."""
-    models = report["models"]
-    intervals = report["comparison"]["accuracy_intervals"]
+    models, metric = report["models"], _metric(report)
+    intervals = report["comparison"][f"{metric}_intervals"]
 
     def row(label: str, value: Any) -> tuple[str, str, str, str]:
         return (label, *(value(name, models[name]) for name in _COLUMNS))
 
     teacher = models["teacher"]
+    # The teacher has no agreement with itself.
+    shown = [
+        row(title, lambda name, m, key=key: _score(m[key]) if key in m else "") for key, title in _SHOWN[metric].items()
+    ]
     return [
-        row("accuracy", lambda name, m: _score(m["accuracy"])),
+        shown[0],
         row("  95% interval", lambda name, m: _interval(intervals[name])),
-        row("macro-F1", lambda name, m: _score(m["f1_macro"])),
-        row("agreement with the teacher", lambda name, m: "" if name == "teacher" else _score(m["agreement"])),
+        *shown[1:],
         row("parameters", lambda name, m: f"{m['parameters'] / 1e6:.2f}M"),
         row("size on disk", lambda name, m: f"{m['size_mb']:.1f} MB"),
         row("latency p50 / p95, batch 1", lambda name, m: "{p50:.1f} / {p95:.1f} ms".format(**m["latency_ms"])),
@@ -39,16 +52,18 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
     """The comparison in sentences."""
-    c = report["comparison"]
+    c, metric = report["comparison"], _metric(report)
+    score = _SHOWN[metric][metric]
     lines = [
-        f"retention (student / teacher accuracy): {_percent(c['retention'])}",
+        f"retention (student / teacher {score}): {_percent(c['retention'])}",
         f"gap closed ((student - baseline) / (teacher - baseline)): {_percent(c['gap_closed'])}"
         + ("" if c["gap_closed"]["value"] is not None else ": the teacher is not above the baseline"),
-        f"student - baseline: {c['difference']['value'] * 100:+.2f} points of accuracy"
+        f"student - baseline: {c['difference']['value'] * 100:+.2f} points of {score}"
         + (f", 95% interval {_points(c['difference']['interval'])}" if c["difference"]["interval"] else ""),
     ]
+    rows = "" if metric == "accuracy" else " on rows whose labels are all right"
     for seed, test in c["mcnemar"]["seeds"].items():
-        lines.append(f"McNemar, seed {seed}: {_mcnemar(test)}")
+        lines.append(f"McNemar{rows}, seed {seed}: {_mcnemar(test)}")
     return lines
 
 
@@ -56,11 +71,13 @@ def verdict(report: dict[str, Any]) -> str:
     """One sentence that claims no more than the interval of the difference allows."""
     difference = report["comparison"]["difference"]
     low, high = difference["interval"] or (0.0, 0.0)
-    points = abs(difference["value"]) * 100
+    metric = _metric(report)
+    unit = "points" if metric == "accuracy" else f"points of {_SHOWN[metric][metric]}"
+    points = f"{abs(difference['value']) * 100:.2f} {unit}"
     if low > 0:
-        return f"The distilled student beats the plain baseline by {points:.2f} points."
+        return f"The distilled student beats the plain baseline by {points}."
     if high < 0:
-        return f"The distilled student is WORSE than the plain baseline by {points:.2f} points."
+        return f"The distilled student is WORSE than the plain baseline by {points}."
     return "No difference between the distilled student and the plain baseline can be told on these test rows."
 
 
@@ -109,6 +126,11 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     markdown = folder / f".report.{os.getpid()}.tmp"
     markdown.write_text(render_markdown(report), encoding="utf-8")
     os.replace(markdown, folder / "report.md")
+
+
+def _metric(report: dict[str, Any]) -> str:
+    # A report of before it was named.
+    return report.get("metric", "accuracy")
 
 
 def _title(report: dict[str, Any]) -> str:

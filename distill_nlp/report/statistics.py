@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
+
+from distill_nlp.metrics import f1
+
+_MOST_COUNTS = 2**24
+"""Of rows in resamples, that are in memory at once."""
 
 
 def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> dict[str, Any]:
@@ -37,15 +43,47 @@ def bootstrap_means(columns: np.ndarray, samples: int, seed: int = 0) -> np.ndar
     Returns:
         `(samples, K)`.
     """
-    rng = np.random.default_rng(seed)
-    rows = len(columns)
     means = np.empty((samples, columns.shape[1]))
-    # In chunks: the counts of all resamples at once would be samples x rows.
-    for start in range(0, samples, 100):
-        size = min(100, samples - start)
-        counts = rng.multinomial(rows, np.full(rows, 1 / rows), size=size)
-        means[start : start + size] = counts @ columns / rows
+    for part, counts in _draws(len(columns), samples, seed):
+        means[part] = counts @ columns / len(columns)
     return means
+
+
+def bootstrap_f1(found: Sequence[np.ndarray], wanted: np.ndarray, samples: int, seed: int = 0) -> np.ndarray:
+    """Macro-F1 of each model over rows drawn with replacement, the same rows for all models.
+
+    Args:
+        found: of each of K models, (N, C) whether it names a class.
+        wanted: (N, C) whether the class applies.
+        samples: number of resamples.
+        seed: of the draw.
+
+    Returns:
+        `(samples, K)`. A class that a resample has not, and the model does not name in it, counts 0.
+
+    Example:
+        >>> wanted = np.array([[True, False], [False, True]])
+        >>> float(bootstrap_f1([wanted, ~wanted], wanted, samples=100)[:, 1].max())
+        0.0
+    """
+    values = np.empty((samples, len(found)))
+    for part, drawn in _draws(len(wanted), samples, seed):
+        # Whole numbers, exact in float32 up to 2^24 rows.
+        counts = drawn.astype(np.float32)
+        there = counts @ wanted
+        for k, named in enumerate(found):
+            values[part, k] = f1(counts @ (named & wanted), there + counts @ named).mean(axis=1)
+    return values
+
+
+def _draws(rows: int, samples: int, seed: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """How often each row is drawn: (chunk, rows) counts, chunk by chunk, and the place of the chunk."""
+    rng = np.random.default_rng(seed)
+    # In chunks: the counts of all resamples at once would be samples x rows.
+    size = max(min(100, _MOST_COUNTS // rows), 1)
+    for start in range(0, samples, size):
+        part = slice(start, min(start + size, samples))
+        yield part, rng.multinomial(rows, np.full(rows, 1 / rows), size=part.stop - part.start)
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,10 @@ from pydantic import (
 
 from distill_nlp.config import Experiment, Section, did_you_mean
 from distill_nlp.config_file import load_experiment, read_settings
-from distill_nlp.config_training import TrainingSection
+from distill_nlp.config_training import METRICS, task_metric
+from distill_nlp.data import read_problem_type
 from distill_nlp.errors import UsageError
 
-METRICS = tuple(
-    name for name in typing.get_args(TrainingSection.model_fields["metric_for_best_model"].annotation) if name != "loss"
-)
 _MANAGED = {
     "output_dir": "each trial has a folder of its own in the sweep's output_dir",
     "cache_dir": "the teacher is computed once for all trials",
@@ -156,9 +153,13 @@ class SweepPlan:
         return whole.model_copy(update={"data": stand_in, "seeds": whole.seeds[:1], "cache_dir": cache})
 
     def metric(self, experiment: Experiment) -> str:
-        """The validation metric that is maximised."""
+        """The validation metric that is maximised; where neither file names one, by the labels of the data.
+
+        Raises:
+            UsageError: the labels are needed for that, and cannot be read.
+        """
         own = experiment.training.metric_for_best_model
-        return self.sweep.metric or (own if own in METRICS else METRICS[0])
+        return self.sweep.metric or (own if own in METRICS else task_metric(read_problem_type(experiment.data)))
 
 
 def load_sweep(

@@ -1,0 +1,208 @@
+"""The labels of a split, checked row by row: one class per row, or any number of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from json import JSONDecodeError, loads
+from typing import Any
+
+from distill_nlp.config import DataSection
+from distill_nlp.errors import UsageError
+from distill_nlp.losses.base import IGNORE_INDEX, MULTI_LABEL, SINGLE_LABEL, ProblemType
+
+_LISTS = (
+    'a row of several labels lists their indices or names, as [0, 3] or ["joy"], and [] where none applies; a vector '
+    "with a number for each class is not taken"
+)
+
+
+def problem_type_of(dataset: Any) -> ProblemType:
+    """The kind of task by the column `labels`: lists of labels are multi-label."""
+    return MULTI_LABEL if hasattr(dataset.features["labels"], "feature") else SINGLE_LABEL
+
+
+def check_same_kind(dataset: Any, config: DataSection, split: str, wanted: ProblemType) -> None:
+    """Refuses a split of lists beside a training split of single labels, and the other way round.
+
+    Raises:
+        UsageError: they differ.
+    """
+    # A column without any label has no kind; that is said with its row.
+    if getattr(dataset.features["labels"], "dtype", None) == "null" or problem_type_of(dataset) == wanted:
+        return
+    kinds = {SINGLE_LABEL: "one label per row", MULTI_LABEL: "lists of labels"}
+    raise UsageError(
+        f"data: {config.label_column} holds {kinds[problem_type_of(dataset)]} in the split {split!r}, and "
+        f"{kinds[wanted]} in {config.train_split!r}; write them alike in all splits"
+    )
+
+
+def label_names(train: Any, config: DataSection) -> list[str]:
+    """Names of the classes: as the config says, as the data set says, or from the labels of train.
+
+    Raises:
+        UsageError: names that contradict each other or stand twice, numbers with gaps, or fewer than two classes
+            in lists.
+    """
+    feature, several = train.features["labels"], problem_type_of(train) == MULTI_LABEL
+    known = list(getattr(feature.feature if several else feature, "names", None) or [])
+    if config.label_names is not None:
+        if known and len(known) != len(config.label_names):
+            raise UsageError(
+                f"data.label_names has {len(config.label_names)} names, the data set has {len(known)} classes: {known}"
+            )
+        if len(set(config.label_names)) < len(config.label_names):
+            raise UsageError(f"data.label_names: a name stands twice in {config.label_names}")
+        return list(config.label_names)
+    if known:
+        return known
+    labels = train["labels"]
+    names = _names_from({label for row in labels for label in row or ()} if several else set(labels), config)
+    if several and len(names) < 2:
+        raise UsageError(
+            f"data: the lists of {config.train_split} name {len(names)} classes ({names}), at least 2 are needed; give "
+            "data.label_names, or for one class a column of 0 and 1"
+        )
+    return names
+
+
+def _names_from(values: set[Any], config: DataSection) -> list[str]:
+    if all(isinstance(v, str) for v in values):
+        _refuse_lists_in_text(values, config)
+        return sorted(values)
+    if all(isinstance(v, int) and not isinstance(v, bool) for v in values) and min(values) >= 0:
+        missing = sorted(set(range(max(values) + 1)) - values)
+        if missing and len(values) > 1:
+            raise UsageError(
+                f"data: the labels of {config.train_split} are {sorted(values)[:20]}, and no row has {missing[0]}; "
+                "number them from 0 without gaps, or set data.label_names"
+            )
+        return [f"LABEL_{i}" for i in range(max(values) + 1)]
+    if all(isinstance(v, bool) for v in values):
+        return ["false", "true"]
+    # What is wrong, and in which row, is said where the labels are mapped.
+    return ["LABEL_0", "LABEL_1"]
+
+
+def _refuse_lists_in_text(values: set[str], config: DataSection) -> None:
+    """A csv has no lists: each different text of one would silently become a class."""
+    if values and all(_is_list(value) for value in values):
+        raise UsageError(
+            f"data: {config.label_column} of {config.train_split} holds lists as text, such as {min(values)!r}; write "
+            "them as lists into jsonl or parquet"
+        )
+
+
+def _is_list(text: str) -> bool:
+    try:
+        return isinstance(loads(text.replace("'", '"')), list)
+    except JSONDecodeError:
+        return False
+
+
+def with_labels(dataset: Any, config: DataSection, split: str, names: list[str]) -> Any:
+    """Maps labels to class indices, or lists of labels to (C,) numbers 0 and 1, each checked.
+
+    Raises:
+        UsageError: a label is missing, unknown, out of range or no label at all; with split and row.
+    """
+    from datasets import ClassLabel
+
+    values = list(dataset["labels"])
+    # First of all: in a csv, one missing label turns the others into floats.
+    for row, value in enumerate(values):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            hint = "; [] says that none applies" if problem_type_of(dataset) == MULTI_LABEL else ""
+            raise UsageError(f"data: row {row} of the split {split!r} has no label in {config.label_column}{hint}")
+    index = {name: i for i, name in enumerate(names)}
+    if problem_type_of(dataset) == MULTI_LABEL:
+        _refuse_vectors(values, split)
+        rows = [{_in_list(value, _where(split, row), index) for value in found} for row, found in enumerate(values)]
+        return with_vectors(dataset, [[float(c in row) for c in range(len(names))] for row in rows])
+    labels = []
+    for row, value in enumerate(values):
+        if not isinstance(value, bool | int | str):
+            raise UsageError(
+                f"{_where(split, row)} has the label {value!r} ({type(value).__name__}); a class is a whole number or "
+                "a string"
+            )
+        labels.append(_index_of(int(value) if isinstance(value, bool) else value, _where(split, row), index))
+    plain = dataset.remove_columns("labels").add_column("labels", labels)
+    return plain.cast_column("labels", ClassLabel(names=names))
+
+
+def with_vectors(dataset: Any, rows: list[list[float]]) -> Any:
+    """The data set with (N, C) float32 `labels`, in the place of any others; -100 throughout: a row has none."""
+    from datasets import List, Value
+
+    if "labels" in dataset.column_names:
+        dataset = dataset.remove_columns("labels")
+    return dataset.add_column("labels", rows).cast_column("labels", List(Value("float32")))
+
+
+def unlabeled(dataset: Any, problem_type: ProblemType, classes: int) -> Any:
+    """The data set with `labels` that say that no row has one."""
+    if problem_type == MULTI_LABEL:
+        return with_vectors(dataset, [[float(IGNORE_INDEX)] * classes] * len(dataset))
+    return dataset.add_column("labels", [IGNORE_INDEX] * len(dataset))
+
+
+def _where(split: str, row: int) -> str:
+    return f"data: row {row} of the split {split!r}"
+
+
+def _in_list(value: Any, where: str, index: dict[str, int]) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise UsageError(f"{where} has {value!r} ({type(value).__name__}) among its labels; {_LISTS}")
+    return _index_of(value, where, index)
+
+
+def _index_of(value: int | str, where: str, index: dict[str, int]) -> int:
+    if isinstance(value, str):
+        if value not in index:
+            raise UsageError(f"{where} has the label {value!r}, which is not among {list(index)} (data.label_names)")
+        return index[value]
+    if not 0 <= value < len(index):
+        hint = "; rows without a label go into data.unlabeled" if value < 0 else ""
+        raise UsageError(f"{where} has the label {value}, outside 0..{len(index) - 1} ({list(index)}){hint}")
+    return value
+
+
+def _refuse_vectors(values: list[list[Any]], split: str) -> None:
+    """Multi-hot vectors of whole numbers would pass as lists of the classes 0 and 1."""
+    alike = len({len(row) for row in values}) == 1 and {label for row in values for label in row} == {0, 1}
+    repeats = (i for i, row in enumerate(values) if len(set(row)) < len(row))
+    if alike and (row := next(repeats, None)) is not None:
+        raise UsageError(f"{_where(split, row)} has the labels {values[row]}; {_LISTS}")
+
+
+def check_classes(train: Any, split: str, names: list[str], notes: list[str]) -> None:
+    """Refuses rows that are all labeled alike, and notes which classes no list names.
+
+    Raises:
+        UsageError: there is nothing to tell apart.
+    """
+    if problem_type_of(train) == SINGLE_LABEL:
+        present = set(train["labels"])
+        if len(present) < 2:
+            only = names[next(iter(present))]
+            raise UsageError(
+                f"data: all {len(train)} rows of the split {split!r} have the label {only!r}; a classifier needs two"
+            )
+        return
+    counts = Counter(map(tuple, train["labels"]))
+    if len(counts) < 2:
+        only = [name for name, value in zip(names, next(iter(counts)), strict=True) if value]
+        raise UsageError(
+            f"data: all {len(train)} rows of the split {split!r} have the labels {only}; a classifier needs rows that "
+            "differ"
+        )
+    if absent := _absent(counts, names):
+        notes.append(f"no row of {split} has {', '.join(absent)}")
+
+
+def _absent(found: Iterable[tuple[float, ...]], names: list[str]) -> list[str]:
+    present = {i for row in found for i, value in enumerate(row) if value}
+    return [name for i, name in enumerate(names) if i not in present]
