@@ -95,8 +95,8 @@ def main():
     }
     (folder / f"results-{resumed.args.process_index}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
-    # One exit in twenty of two gloo ranks under FSDP2 dies in C++, after the interpreter's end ("terminate called without
-    # an active exception"); all is written by now.
+    # One exit in twenty of two gloo ranks under FSDP2 dies in C++ after the interpreter's end ("terminate called
+    # without an active exception"); all is written by now.
     sys.stdout.flush()
     os._exit(0)
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import ttest_1samp
-from sklearn.metrics import f1_score
 
 from distill_nlp.config_file import load_experiment
 from distill_nlp.inference import predict_logits
 from distill_nlp.loading import load_classifier
 from distill_nlp.materials import Materials
+from distill_nlp.report.scores import right_rows, scores
 from distill_nlp.report.statistics import mcnemar
 
 
@@ -71,22 +71,14 @@ class SetScores:
         partial.replace(kept)
         return found
 
-    def answers(self, model: str) -> np.ndarray:
-        """Predicted classes `(N,)`, or decisions `(N, C)`."""
-        logits = self.logits(model)
-        return logits.argmax(axis=1) if self.labels.ndim == 1 else (logits > 0).astype(int)
-
     def right(self, model: str) -> np.ndarray:
         """`(N,)`: the class, or the whole set of labels, is right."""
-        same = self.answers(model) == self.labels
-        return same if same.ndim == 1 else same.all(axis=1)
+        return right_rows(self.logits(model), self.labels)
 
     def score(self, model: str) -> float:
-        if self.labels.ndim == 1:
-            return float(self.right(model).mean())
-        return float(f1_score(self.labels, self.answers(model), average="macro", zero_division=0))
+        return scores(self.logits(model), self.labels)["accuracy" if self.labels.ndim == 1 else "f1_macro"]
 
-    def scores(self, kind: str) -> list[float]:
+    def of_seeds(self, kind: str) -> list[float]:
         """Of all seeds of `base/baseline` or `RECIPE/student`."""
         return [self.score(f"{kind}/seed-{seed}") for seed in self.seeds]
 

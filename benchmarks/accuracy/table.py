@@ -27,7 +27,7 @@ def write_section(sets: list[SetScores], results: Path, arguments: str | None) -
 
 def _table(scores: SetScores) -> str:
     teacher = scores.score("base/teacher")
-    baseline = scores.scores("base/baseline")
+    baseline = scores.of_seeds("base/baseline")
     lines = [
         f"**{scores.name}**: {len(scores.labels):,} test rows, seeds {', '.join(map(str, scores.seeds))}",
         "",
@@ -37,7 +37,7 @@ def _table(scores: SetScores) -> str:
         f"| baseline | {_mean_sd(baseline)} | | | | {_cost(scores, 'base/baseline')} |",
     ]
     for recipe in scores.recipes:
-        student = scores.scores(f"{recipe}/student")
+        student = scores.of_seeds(f"{recipe}/student")
         closed = float(gap_closed(teacher, statistics.mean(baseline), statistics.mean(student)))
         pooled, each = scores.against_baseline(recipe)
         lines.append(
