@@ -37,8 +37,8 @@ PLAIN = "vanilla_kd"
 def main() -> None:
     options = _arguments()
     finished = []
-    for name in options.sets:
-        bench = Bench(name, options)
+    # A set that others build on comes before them.
+    for bench in sorted((Bench(name, options) for name in options.sets), key=lambda bench: bench.base is not None):
         if not options.table:
             bench.train()
         scores = bench.scores()
@@ -74,12 +74,13 @@ def _listed(known: list[str]) -> Any:
 
 
 class Bench:
-    """One data set: its models in `work/NAME/{base,RECIPE}`."""
+    """One data set: its models in `work/NAME/{base,RECIPE}`; a set that names a `base` has that one's in its place."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.options = name, options
         self.folder = options.work.resolve() / name
         self.set = read_settings(HERE / "sets" / f"{name}.yaml", "set")
+        self.base = self.set.pop("base", None)
         wanted = self.set.pop("recipes", None)
         self.recipes = [recipe for recipe in options.recipes if wanted is None or recipe in wanted]
         for block, key, root in (
@@ -93,15 +94,22 @@ class Bench:
                 self.set[block][key] = str((root / self.set[block][key]).resolve())
 
     def train(self) -> None:
+        if self.base is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "base").exists():
+                (self.folder / "base").symlink_to(Path("..") / self.base / "base")
         self._lay_down(PLAIN, "base")
-        self._distill("base", "teacher")
+        if self.base is None:
+            self._distill("base", "teacher")
+        elif not self._finished("base/teacher"):
+            raise SystemExit(f"{self.name} takes teacher and baseline of {self.base}: run that set first")
         for recipe in self.recipes:
             self._lay_down(recipe, recipe)
             own = self.folder / recipe
             own.mkdir(parents=True, exist_ok=True)
             if not (own / "teacher").exists():
                 (own / "teacher").symlink_to(Path("..") / "base" / "teacher")
-        jobs = [("base", "baseline", seed) for seed in self.options.seeds]
+        jobs = [("base", "baseline", seed) for seed in self.options.seeds if self.base is None]
         jobs += [(recipe, "student", seed) for seed in self.options.seeds for recipe in self.recipes]
         with ThreadPoolExecutor(self.options.jobs) as pool:
             list(pool.map(lambda job: self._distill(*job), jobs))
