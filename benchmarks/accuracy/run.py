@@ -44,7 +44,7 @@ def main() -> None:
         scores = bench.scores()
         if scores is not None:
             finished.append(scores)
-    print(write_section(finished, RESULTS, " ".join(sys.argv[1:]) if options.write else None))
+    print(write_section(finished, RESULTS, _command(options) if options.write else None))
 
 
 def _arguments() -> argparse.Namespace:
@@ -61,6 +61,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="train nothing")
     parser.add_argument("--write", action="store_true", help=f"put the table into {RESULTS.relative_to(REPOSITORY)}")
     return parser.parse_args()
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What to type for these tables, with names in the place of this machine's folders."""
+    lists = {"sets": options.sets, "recipes": options.recipes, "seeds": options.seeds}
+    given = [f"--{name} {','.join(map(str, values))}" for name, values in lists.items()]
+    return " ".join(["--data DATA --teacher CHECKPOINT --work DIR", *given, f"--jobs {options.jobs}"])
 
 
 def _listed(known: list[str]) -> Any:
@@ -81,8 +88,8 @@ class Bench:
         self.folder = options.work.resolve() / name
         self.set = read_settings(HERE / "sets" / f"{name}.yaml", "set")
         self.base = self.set.pop("base", None)
-        wanted = self.set.pop("recipes", None)
-        self.recipes = [recipe for recipe in options.recipes if wanted is None or recipe in wanted]
+        wanted = self.set.pop("recipes", options.recipes)
+        self.recipes = [recipe for recipe in wanted if recipe in options.recipes]
         for block, key, root in (
             ("data", "dataset", options.data),
             ("data", "unlabeled", options.data),

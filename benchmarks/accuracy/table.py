@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
@@ -39,9 +40,10 @@ def _table(scores: SetScores) -> str:
     for recipe in scores.recipes:
         student = scores.of_seeds(f"{recipe}/student")
         closed = float(gap_closed(teacher, statistics.mean(baseline), statistics.mean(student)))
+        gap = f"{closed:.0%}" if math.isfinite(closed) else "no gap"
         pooled, each = scores.against_baseline(recipe)
         lines.append(
-            f"| {recipe} | {_mean_sd(student)} | {closed:.0%} | {pooled:.1g} | "
+            f"| {recipe} | {_mean_sd(student)} | {gap} | {pooled:.1g} | "
             f"{', '.join(f'{p:.1g}' for p in each)} | {_cost(scores, f'{recipe}/student')} |"
         )
     return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""benchmarks/accuracy: from a set and a recipe to the table in the results' file."""
+
+import importlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import t as distribution
+
+from distill_nlp.cli import main
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "accuracy"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of the benchmark by name; its trainings run in this process."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    modules = {name: importlib.import_module(name) for name in ("scores", "table", "run")}
+
+    def in_this_process(command, check, env, cwd):
+        assert main(command[3:]) == 0
+
+    monkeypatch.setattr(modules["run"].subprocess, "run", in_this_process)
+    return modules
+
+
+@pytest.fixture
+def tiny(bench, experiment, tmp_path, monkeypatch):
+    """`tiny(*arguments)` runs the benchmark on a set of tiny models, and gives what the results' file then holds."""
+    settings = yaml.safe_load(experiment().read_text())
+    sets = tmp_path / "here" / "sets"
+    sets.mkdir(parents=True)
+    one = {
+        "recipes": ["vanilla_kd", "rkd"],
+        "data": settings["data"] | {"dataset": "data"},
+        "teacher": {"model": None, "training": {"num_train_epochs": 1}},
+        "student": {"from_teacher": {"layers": 2}},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 8, "eval_strategy": "no"},
+    }
+    (sets / "tiny.yaml").write_text(yaml.safe_dump(one))
+    more = one | {"base": "tiny", "data": one["data"] | {"unlabeled": "pool.txt"}}
+    (sets / "more.yaml").write_text(yaml.safe_dump(more))
+    (tmp_path / "pool.txt").write_text("a b c\nd e f g\n" * 5)
+    results = tmp_path / "RESULTS.md"
+    results.write_text("above\n<!-- accuracy: begin -->\na former table\n<!-- accuracy: end -->\nbelow\n")
+    monkeypatch.setattr(bench["run"], "HERE", tmp_path / "here")
+    monkeypatch.setattr(bench["run"], "RESULTS", results)
+    monkeypatch.setattr(bench["run"], "REPOSITORY", tmp_path)
+
+    def call(*arguments):
+        places = ["--data", str(tmp_path), "--teacher", str(tmp_path / "backbone"), "--work", str(tmp_path / "work")]
+        monkeypatch.setattr("sys.argv", ["run.py", *places, *arguments])
+        bench["run"].main()
+        return results.read_text()
+
+    return call
+
+
+@pytest.mark.slow
+def test_the_table_holds_teacher_baseline_and_students_and_nothing_is_trained_twice(tiny, bench, tmp_path):
+    first = tiny("--sets", "tiny", "--seeds", "0,1", "--write")
+    folder = tmp_path / "work" / "tiny"
+    rows = {line.split("|")[1].strip(): line for line in first.splitlines() if line.startswith("|")}
+    assert {"teacher", "baseline", "vanilla_kd", "rkd"} <= set(rows)
+    scores = bench["scores"].SetScores("tiny", folder, [0, 1], ["rkd"])
+    right = [np.mean(scores.logits(f"rkd/student/seed-{seed}").argmax(1) == scores.labels) for seed in (0, 1)]
+    assert f"{np.mean(right):.4f} ± {np.std(right, ddof=1):.4f}" in rows["rkd"]
+    assert first.startswith("above\n<!-- accuracy: begin -->\n```\npython benchmarks/accuracy/run.py --data DATA ")
+    assert first.endswith("<!-- accuracy: end -->\nbelow\n")
+    assert "a former table" not in first
+    assert str(tmp_path) not in first
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    # A teacher, two baselines, two students of two recipes; the students' folders reach the teacher by a link.
+    assert len(made) == 7
+    assert tiny("--sets", "tiny", "--seeds", "0,1", "--write") == first
+    assert made == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_a_set_with_a_base_takes_its_teacher_and_baseline(tiny, tmp_path):
+    with pytest.raises(SystemExit, match="run that set first"):
+        tiny("--sets", "more", "--seeds", "0")
+    text = tiny("--sets", "more,tiny", "--recipes", "vanilla_kd", "--seeds", "0", "--write")
+    assert text.index("**tiny**") < text.index("**more**")
+    work = tmp_path / "work"
+    assert os.path.samefile(work / "more" / "base" / "teacher", work / "tiny" / "base" / "teacher")
+    rows = [line for line in text.splitlines() if line.startswith("| baseline")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_without_write_the_file_stays_and_an_unfinished_recipe_is_left_out(tiny, tmp_path, capsys):
+    tiny("--sets", "tiny", "--recipes", "rkd", "--seeds", "0")
+    shutil.rmtree(tmp_path / "work" / "tiny" / "rkd" / "student")
+    assert "a former table" in tiny("--sets", "tiny", "--seeds", "0", "--table")
+    shown = capsys.readouterr().out.splitlines()[-6:]
+    assert any(line.startswith("| baseline") for line in shown)
+    assert not any(line.startswith("| rkd") for line in shown)
+
+
+@pytest.mark.parametrize("option", ["--sets", "--recipes"])
+def test_an_unknown_name_is_refused_with_those_there_are(tiny, option, capsys):
+    with pytest.raises(SystemExit):
+        tiny(option, "nonsense")
+    assert "unknown: nonsense; there are" in capsys.readouterr().err
+
+
+def test_settings_of_a_set_lie_over_those_of_a_recipe(bench):
+    recipe = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
+    assert bench["run"].merged(recipe, {"a": {"b": None, "c": {"f": 3}}, "e": [2]}) == {
+        "a": {"b": None, "c": {"d": 2, "f": 3}},
+        "e": [2],
+    }
+    assert recipe == {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
+
+
+class _Known:
+    """Right and wrong answers as given: of student and baseline, by seed."""
+
+    def __init__(self, module, students, baselines):
+        self.scores = module.SetScores("known", Path(), list(range(len(students))), [])
+        self.found = {"recipe/student": students, "base/baseline": baselines}
+        self.scores.right = self.right
+
+    def right(self, model):
+        kind, seed = model.rsplit("/seed-", 1)
+        return np.array(self.found[kind][int(seed)], dtype=bool)
+
+
+def test_a_row_counts_once_however_many_seeds_saw_it(bench):
+    rng = np.random.default_rng(0)
+    student, baseline = rng.random(200) < 0.9, rng.random(200) < 0.8
+    one, _ = _Known(bench["scores"], [student], [baseline]).scores.against_baseline("recipe")
+    three, each = _Known(bench["scores"], [student] * 3, [baseline] * 3).scores.against_baseline("recipe")
+    assert one == pytest.approx(three)
+    assert len(each) == 3
+    assert len(set(each)) == 1
+    difference = student.astype(float) - baseline
+    t = difference.mean() / (difference.std(ddof=1) / np.sqrt(200))
+    assert one == pytest.approx(2 * distribution.sf(abs(t), 199))
+
+
+def test_the_same_answers_are_no_difference(bench):
+    pooled, each = _Known(bench["scores"], [[True, False]], [[True, False]]).scores.against_baseline("recipe")
+    assert (pooled, each) == (1.0, [1.0])
+
+
+def test_a_file_without_marks_is_not_written(bench, tmp_path):
+    results = tmp_path / "RESULTS.md"
+    results.write_text("nothing here\n")
+    with pytest.raises(SystemExit, match="has no lines"):
+        bench["table"].write_section([], results, "--seeds 0")
+    assert results.read_text() == "nothing here\n"
