@@ -47,11 +47,12 @@ class GradientMeter:
             before = objective.active_at(max(0, step - 1) / max(1, max_steps))
             self.due = self.due or not set(objective.active) <= set(before)
 
-    def take(self, terms: dict[str, torch.Tensor], shares: Shares | None) -> None:
+    def take(self, terms: dict[str, torch.Tensor], shares: Shares | None, held: Sequence[nn.Parameter] = ()) -> None:
         """Measures these terms, which must have their graph.
 
         Args:
             shares: factors by unit that the terms have been multiplied with.
+            held: parameters that do not learn in this step, although they have a gradient.
         """
         self.due = False
         if not terms:
@@ -62,7 +63,8 @@ class GradientMeter:
         factors = {
             name: scale * (1.0 if shares is None else shares[self.objective.losses[name].unit]) for name in terms
         }
-        parameters = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        left_out = set(held)
+        parameters = [p for p in self.student.parameters() if p.requires_grad and p not in left_out]
         norms = gradient_norms({name: value * scale for name, value in terms.items()}, parameters, factors)
         if self.accelerator.num_processes > 1:
             together = self.accelerator.reduce(torch.stack(list(norms.values())), reduction="mean")

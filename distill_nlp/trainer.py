@@ -193,7 +193,7 @@ class DistillationTrainer(Trainer):
         for name, value in outputs.terms.items():
             self._terms.add(name, value)
         if self._meter.due:
-            self._meter.take(outputs.terms, shares)
+            self._meter.take(outputs.terms, shares, self._freezing.held(self.state.global_step))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -77,16 +77,20 @@ def test_frozen_parts_do_not_move_and_all_others_do(tmp_path, every):
     "settings", [{}, {"gradient_accumulation_steps": 2, **checkpointing()}, {"max_grad_norm": 0.0}]
 )
 def test_what_waits_for_its_turn_is_as_if_it_were_frozen_for_good(tmp_path, settings):
-    """In the norm that gradients are clipped to as well."""
-    common = {"weight_decay": 0.3, "max_grad_norm": 0.05, "freeze": ["body"]} | settings
+    """In the norms that gradients are clipped to and that the terms have, too."""
+    common = {"weight_decay": 0.3, "max_grad_norm": 0.05, "freeze": ["body"], "term_gradient_norm_steps": 1} | settings
     waiting = make_trainer(tmp_path / "a", unfreeze_every=100, **common)
     frozen = make_trainer(tmp_path / "b", **common)
     for trainer in (waiting, frozen):
         trainer.train()
     assert largest_difference(parameters_of(waiting.model), parameters_of(frozen.model)) == 0
-    norms = [[entry["grad_norm"] for entry in step_logs(trainer)] for trainer in (waiting, frozen)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
-    assert min(norms[0]) > 0.05
+    logs = [step_logs(trainer) for trainer in (waiting, frozen)]
+    measured = [name for name in logs[0][0] if "grad" in name]
+    assert len(measured) > 2
+    for name in measured:
+        norms = [[entry[name] for entry in log] for log in logs]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6), name
+    assert min(entry["grad_norm"] for entry in logs[0]) > 0.05
 
 
 def test_parts_are_released_one_by_one_from_the_top_down(tmp_path):
