@@ -22,7 +22,7 @@ def settings_of(path):
 
 
 def test_there_are_the_recipes():
-    names = {"vanilla_kd", "distilbert", "pkd", "tinybert", "minilm", "minilmv2", "dkd", "rkd"}
+    names = {"vanilla_kd", "distilbert", "pkd", "tinybert", "minilm", "minilmv2", "dkd", "rkd", "all_in_one"}
     assert names <= {path.stem for path in RECIPES}
 
 
