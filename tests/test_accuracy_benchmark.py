@@ -4,6 +4,7 @@ import importlib
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ def tiny(bench, experiment, tmp_path, monkeypatch):
         "data": settings["data"] | {"dataset": "data"},
         "teacher": {"model": None, "training": {"num_train_epochs": 1}},
         "student": {"from_teacher": {"layers": 2}},
+        "learning_rate_factor": 4,
         "training": {"max_steps": 2, "per_device_train_batch_size": 8, "eval_strategy": "no"},
     }
     (sets / "tiny.yaml").write_text(yaml.safe_dump(one))
@@ -100,6 +102,14 @@ def test_without_write_the_file_stays_and_an_unfinished_recipe_is_left_out(tiny,
     shown = capsys.readouterr().out.splitlines()[-6:]
     assert any(line.startswith("| baseline") for line in shown)
     assert not any(line.startswith("| rkd") for line in shown)
+
+
+def test_learning_rates_of_all_phases_are_multiplied(tiny, bench, tmp_path):
+    options = SimpleNamespace(data=tmp_path, teacher=tmp_path, work=tmp_path, recipes=["tinybert"], seeds=[0])
+    bench["run"].Bench("tiny", options)._lay_down("tinybert", "mine")
+    settings = yaml.safe_load((tmp_path / "tiny" / "mine.yaml").read_text())
+    sections = [settings["training"], *(phase["training"] for phase in settings["phases"])]
+    assert [section.get("learning_rate") for section in sections] == [2e-4, None, pytest.approx(1.2e-4)]
 
 
 @pytest.mark.parametrize("option", ["--sets", "--recipes"])

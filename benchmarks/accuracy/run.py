@@ -88,6 +88,7 @@ class Bench:
         self.folder = options.work.resolve() / name
         self.set = read_settings(HERE / "sets" / f"{name}.yaml", "set")
         self.base = self.set.pop("base", None)
+        self.factor = self.set.pop("learning_rate_factor", 1.0)
         wanted = self.set.pop("recipes", options.recipes)
         self.recipes = [recipe for recipe in wanted if recipe in options.recipes]
         for block, key, root in (
@@ -123,6 +124,9 @@ class Bench:
 
     def _lay_down(self, recipe: str, folder: str) -> None:
         settings = merged(read_settings(RECIPES / f"{recipe}.yaml", "recipe"), self.set)
+        for section in (settings, *settings.get("phases", [])):
+            if "learning_rate" in section.get("training", {}):
+                section["training"]["learning_rate"] *= self.factor
         settings |= {"output_dir": str(self.folder / folder), "cache_dir": str(self.options.work.resolve() / "cache")}
         config = self.folder / f"{folder}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
