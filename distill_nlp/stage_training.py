@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,14 @@ class TrainingJob:
         """Trains, keeps the best checkpoint by the validation metric, and finishes the folder.
 
         Raises:
-            UsageError: models, losses and lengths do not fit.
+            UsageError: models, losses and lengths do not fit, or another run is at work on this stage.
             DistillError: the device has too little memory.
         """
         self._check_length()
+        with self.folder.claimed() if PartialState().is_main_process else nullcontext():
+            self._run(say)
+
+    def _run(self, say: Say) -> None:
         state = PartialState()
         if state.is_main_process:
             self.folder.begin(self.fingerprint)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from distill_nlp.errors import UsageError
 
 STAGE_FILE = "stage.json"
 Fingerprint = dict[str, Any]
@@ -38,6 +43,31 @@ class StageFolder:
         if record is None:
             return None
         return differences(record.get("fingerprint", {}), fingerprint)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other runs out of this stage while it is worked on; a process that dies lets go of it.
+
+        Runs of other seeds may share the folder of the experiment.
+
+        Raises:
+            UsageError: another process is at work on it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"another run is at work on {self.path}; wait until it ends, or give another --output_dir"
+            ) from None
+        except NotImplementedError:
+            # A file system that knows no locks; there a second run is the user's care.
+            pass
+        try:
+            yield
+        finally:
+            lock.release()
 
     def begin(self, fingerprint: Fingerprint) -> None:
         """Makes the work folder; an earlier attempt with the same settings is kept, to go on from."""

@@ -12,6 +12,7 @@ import pytest
 from helpers import BINARY, make_student, make_teacher, make_tokenizer, swapped_tokenizer
 
 from distill_nlp.cli import main
+from distill_nlp.stages import StageFolder
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("no_doctor")
@@ -89,6 +90,17 @@ def test_the_finished_student_loads_anywhere(experiment, tmp_path, capsys):
     from_table = capsys.readouterr().out.splitlines()
     assert (len(from_lines), len(from_table)) == (2, 16)
     assert from_lines[0].split("\t")[0] in BINARY
+
+
+def test_a_second_run_of_the_same_stage_is_refused_and_loses_nothing(experiment, tmp_path, capsys):
+    config = str(experiment())
+    assert main(["run", config, "--stages", "teacher"]) == 0
+    with StageFolder(tmp_path / "run" / "student" / "seed-0").claimed():
+        assert main(["run", config, "--stages", "baseline,student"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: another run is at work on ")
+    assert (tmp_path / "run" / "baseline" / "seed-0" / "stage.json").is_file()
+    assert main(["run", config, "--stages", "baseline,student"]) == 0
 
 
 @pytest.mark.slow

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+from filelock import FileLock
+
+from distill_nlp.errors import UsageError
 from distill_nlp.stages import StageFolder, differences, write_json
 
 SETTINGS = {"training": {"learning_rate": 0.1, "epochs": 3}, "seed": 1}
@@ -76,3 +82,54 @@ def test_a_torn_record_is_no_record(tmp_path):
 def test_differences_are_leaves_by_their_dotted_names():
     assert differences({"a": {"b": 1}}, {"a": {"b": 1.0}}) == []
     assert differences({"a": {"b": 1}, "c": [1]}, {"a": 2, "c": [2]}) == ["a: {'b': 1} → 2", "c: [1] → [2]"]
+
+
+# ---- one run at a time ----
+
+
+def test_a_stage_that_is_worked_on_is_refused_to_a_second_run(tmp_path):
+    folder, same, other = (StageFolder(tmp_path / "run" / name) for name in ("seed-0", "seed-0", "seed-1"))
+    with folder.claimed():
+        with pytest.raises(UsageError, match="is at work on .*seed-0; wait until it ends, or give"), same.claimed():
+            pass
+        with other.claimed():
+            pass
+    with same.claimed():
+        pass
+
+
+def test_a_stage_that_failed_is_free_again(tmp_path):
+    folder = StageFolder(tmp_path / "seed-0")
+    with pytest.raises(ZeroDivisionError), folder.claimed():
+        raise ZeroDivisionError
+    with StageFolder(tmp_path / "seed-0").claimed():
+        pass
+
+
+def test_a_dead_process_holds_no_stage(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from distill_nlp.stages import StageFolder\n"
+        "with StageFolder(Path(sys.argv[1])).claimed():\n print('claimed', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "seed-0")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "claimed\n"
+        with pytest.raises(UsageError), StageFolder(tmp_path / "seed-0").claimed():
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with StageFolder(tmp_path / "seed-0").claimed():
+        pass
+
+
+def test_where_files_cannot_be_locked_the_run_goes_on(tmp_path, monkeypatch):
+    def acquire(self, timeout):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with StageFolder(tmp_path / "seed-0").claimed():
+        (tmp_path / "done").touch()
+    assert (tmp_path / "done").is_file()

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from distill_nlp.errors import UsageError
 
-if missing := [name for name in ("optuna", "matplotlib", "filelock") if find_spec(name) is None]:
+if missing := [name for name in ("optuna", "matplotlib") if find_spec(name) is None]:
     raise UsageError(f"a sweep needs {' and '.join(missing)}: pip install 'distill-nlp[sweep]'")
 
 from distill_nlp.sweep.plan import Sweep, SweepPlan, load_sweep
