@@ -47,7 +47,7 @@ def read_panels(folder: Path, stages: dict[str, dict[str, Any]], metric: str) ->
         log = (read_json(folder / stage / LOG_FILE) or {}).get("log", [])
         for term in _terms(log, metric):
             key = (_kind(stage), term)
-            points = [(entry["step"], entry[term]) for entry in log if _is_number(entry.get(term)) and "step" in entry]
+            points = _points(log, term)
             if points:
                 panel = panels.setdefault(key, Panel(*key, {}))
                 panel.curves[stage] = _thinned(points)
@@ -59,6 +59,15 @@ def _terms(log: list[dict[str, Any]], metric: str) -> list[str]:
     terms = list(dict.fromkeys(key for entry in entries for key in entry if key.startswith("loss_")))
     whole = ["loss"] if entries and len(terms) != 1 else []
     return [*whole, *terms, f"eval_{metric}"]
+
+
+def _points(log: list[dict[str, Any]], term: str) -> list[tuple[float, float]]:
+    found: dict[float, float] = {}
+    for entry in log:
+        if _is_number(entry.get(term)) and "step" in entry:
+            # The last evaluation, of the best checkpoint, stands at the last step again.
+            found.setdefault(entry["step"], entry[term])
+    return list(found.items())
 
 
 def _is_number(value: Any) -> bool:

@@ -29,7 +29,7 @@ class Example:
         teacher_probability, student_probability: of what each named, for several labels of the row's least certain
             class.
         bucket: index of the length's.
-        length: tokens that the student reads.
+        length: tokens of the whole text.
         truncated: whether it does not read all of the text.
         students_right: seeds of the student that are right here.
     """

@@ -141,7 +141,7 @@ def _classes(report: dict[str, Any]) -> list[str]:
     if plots.is_available() and _first(report, "teacher")["confusion"] is not None:
         drawn = [plots.confusion_plot(kind, _first(report, kind)["confusion"], names) for kind in COLUMNS]
         note = f"Rows by label and class named; colour: share of the label's rows.{_of_first_seed(report)}"
-        parts += [_plots(drawn, "plots small"), f'<p class="quiet">{_e(note)}</p>']
+        parts += [_plots(drawn, "plots three"), f'<p class="quiet">{_e(note)}</p>']
     head = ["class", "rows", *(f"{kind} {name}" for kind in COLUMNS for name in ("P", "R", "F1"))]
     left = f" {len(rows) - len(shown)} classes more stand in report.json." if len(rows) > len(shown) else ""
     note = f"P: precision, R: recall; baseline and student as means over seeds.{left}"
@@ -155,7 +155,7 @@ def _slices(report: dict[str, Any]) -> list[str]:
     return [
         f"<h2>{_e(title[0].upper() + title[1:])}</h2>",
         _table(["test rows", "rows", *COLUMNS], slice_rows(report)),
-        '<p class="quiet">Tokens that the student reads. Cut: it does not read all of the text.</p>',
+        '<p class="quiet">Tokens of the whole text. Cut: the student does not read all of it.</p>',
     ]
 
 
@@ -179,7 +179,7 @@ def _stages(report: dict[str, Any]) -> list[str]:
     if not report.get("run"):
         return []
     head, rows, note = stage_rows(report)
-    return ["<h2>Time and energy</h2>", _table(head, rows, "wide"), f'<p class="quiet">{_e(note)}</p>']
+    return ["<h2>Time and energy</h2>", _table(head, rows, "fit stages"), f'<p class="quiet">{_e(note)}</p>']
 
 
 def _explorer(report: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ class TestRows:
 
     Args:
         texts: as they stand in the data; of a pair, both with " ⇥ " between.
-        lengths: tokens that the student reads.
+        lengths: tokens of the whole text in the student's vocabulary.
         truncated: whether the student does not read all of the text.
     """
 
@@ -39,7 +39,7 @@ def read_rows(raw: Any, tokenized: Any, tokenizer: Any) -> TestRows:
     Args:
         raw: a `datasets.Dataset` with `text`, maybe `text_pair`.
         tokenized: the same rows with the student's `input_ids`, cut.
-        tokenizer: the student's. Rows of the longest length are read again, without a cut.
+        tokenizer: the student's. Rows of the longest length may be cut: they are read again, whole.
     """
     columns = [raw[c] for c in ("text", "text_pair") if c in raw.column_names]
     parts = list(zip(*columns, strict=True))
@@ -50,7 +50,8 @@ def read_rows(raw: Any, tokenized: Any, tokenizer: Any) -> TestRows:
         some = full[start : start + 1000]
         # `verbose`: that a text is longer than the model reads is what is being asked.
         found = tokenizer(*zip(*(parts[i] for i in some), strict=True), truncation=False, verbose=False)["input_ids"]
-        truncated[some] = [len(ids) > length for ids, length in zip(found, lengths[some], strict=True)]
+        whole = np.array([len(ids) for ids in found])
+        truncated[some], lengths[some] = whole > lengths[some], whole
     return TestRows([" ⇥ ".join(part) for part in parts], lengths, truncated)
 
 

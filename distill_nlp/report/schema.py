@@ -174,7 +174,7 @@ class Comparison(Part):
 
 
 class Slice(Part):
-    """The score on a part of the test rows, by the tokens that the student reads."""
+    """The score on a part of the test rows, by its length in tokens, or by whether the student reads all of it."""
 
     by: Literal["length", "truncated"]
     name: str
