@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ class Panel:
     curves: dict[str, Curve]
 
 
-def read_panels(folder: Path, stages: dict[str, dict[str, Any]], metric: str) -> list[Panel]:
+def read_panels(folder: Path, stages: Iterable[str], metric: str) -> list[Panel]:
     """The curves of every term of every stage, and of the validation metric.
 
     Args:
         folder: of the run.
-        stages: as in the report, by name; one without a readable log is left out.
+        stages: names, as in the report; one without a readable log is left out.
         metric: that models are compared by.
 
     Returns:

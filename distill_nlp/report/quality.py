@@ -43,7 +43,11 @@ def _mcc(logits: np.ndarray, labels: np.ndarray) -> float:
     if labels.ndim == 1:
         return float(matthews_corrcoef(labels, logits.argmax(axis=1)))
     found, wanted = decisions(logits), labels.astype(bool)
-    return float(np.mean([matthews_corrcoef(wanted[:, c], found[:, c]) for c in range(labels.shape[1])]))
+    both, neither = (found & wanted).sum(axis=0), (~found & ~wanted).sum(axis=0)
+    false, missed = (found & ~wanted).sum(axis=0), (~found & wanted).sum(axis=0)
+    # In float64: the product of four counts outgrows whole numbers.
+    sides = np.prod([both + false, both + missed, neither + false, neither + missed], axis=0, dtype=np.float64)
+    return float(((both * neither - false * missed) / np.sqrt(np.maximum(sides, 1))).mean())
 
 
 def _log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
