@@ -171,7 +171,7 @@ def _curves(panels: list[Panel]) -> list[str]:
                 drawn.append(plots.curves_plot(panel, number))
                 number += 1
         parts += [f"<h3>{_e(kind)}</h3>", _plots(drawn, "plots small")]
-    note = "Terms of the loss are unweighted, as in the log; one line for each seed, the first one the darkest."
+    note = "Terms of the loss are unweighted, as in the log; one line for each seed, that of the first the strongest."
     return [*parts, f'<p class="quiet">{note}</p>']
 
 
