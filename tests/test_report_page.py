@@ -145,7 +145,8 @@ def test_texts_and_names_stay_text(html):
     assert "<b>bad</b>" not in html
     assert "loss_<kl>" not in html
     assert "loss_&lt;kl&gt;" in html
-    assert "$good$" in html
+    for picture in re.findall(r'aria-label="Confusion.*?</svg>', html, flags=re.DOTALL):
+        assert ">$good$ | 'fine'<" in picture.replace("&apos;", "'").replace("&#x27;", "'")
 
 
 def test_the_page_needs_nothing_from_elsewhere(html):
@@ -254,6 +255,15 @@ def test_rows_are_listed_where_one_model_is_right_alone_the_clearest_first(sever
     assert sorted(first.classes) == sorted(NAMES)
     assert (first.length, first.truncated, first.bucket) == (4, False, 0)
     assert first.teacher_probability > second.teacher_probability > 0.9
+
+
+def test_rows_are_ordered_by_what_the_models_give_the_label():
+    report = make_report()
+    for row, height in ((0, 9.0), (1, 0.5)):
+        report["logits"]["teacher"][row] = np.where(np.eye(2)[row] > 0, 3.0, -3.0)
+        # Wrong in both, and far off in row 0 alone.
+        report["logits"]["student/0"][row] = np.where(np.eye(2)[1 - row] > 0, height, -height)
+    assert [e.index for e in lists_of(report)["teacher"].examples] == [0, 1]
 
 
 def test_a_label_error_needs_both_models_sure_of_the_same_class():

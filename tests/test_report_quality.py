@@ -12,6 +12,8 @@ from datasets import Dataset
 from helpers import make_tokenizer
 from sklearn.metrics import log_loss, matthews_corrcoef, precision_recall_fscore_support
 
+from distill_nlp.config import ReportSection
+from distill_nlp.report import speed
 from distill_nlp.report.curves import MOST_POINTS, read_panels
 from distill_nlp.report.memory import RESIDENT, pass_memory
 from distill_nlp.report.quality import (
@@ -115,6 +117,8 @@ def test_a_confidence_falls_into_its_bin_and_a_bound_into_the_one_below():
     assert bins[14]["right"] == 1
     assert bins[14]["confidence"] == pytest.approx((0.9999 + 1) / 2)
     assert bins[0] == {"low": 0.0, "high": pytest.approx(1 / 15), "count": 0, "confidence": None, "right": None}
+    # One third is the bound between the fifth bin and the sixth.
+    assert [b["count"] for b in reliability(np.zeros((1, 3)), np.array([0]))][4:6] == [1, 0]
     exact = reliability(np.array([[0.0, 0.0]]), np.array([[1.0, 0.0]]))
     assert exact[7]["count"] == 2
     assert exact[7]["right"] == 0.5
@@ -166,6 +170,34 @@ def test_memory_that_cannot_be_read_is_said_to_be_so(monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     assert pass_memory(lambda: None, "cpu") == {"mb": None, "how": None}
+
+
+class Fake:
+    """A model that takes a second per row and as much memory as it is told."""
+
+    def __init__(self, lengths):
+        self.rows = [{"input_ids": [0] * n} for n in lengths]
+        self.parts = []
+
+    def prepare(self, device):
+        self.parts.clear()
+
+    def seconds(self, part, device):
+        self.parts.append(list(part))
+        return float(len(part))
+
+
+def test_memory_is_that_of_the_longest_rows_and_of_the_greatest_model_of_an_ensemble(monkeypatch):
+    small, large = Fake([3, 9, 5, 7, 1]), Fake([3, 9, 5, 7, 1])
+    taken = iter([{"mb": 1.0, "how": RESIDENT}, {"mb": 2.0, "how": RESIDENT}])
+    monkeypatch.setattr(speed, "pass_memory", lambda run, device: [run(), next(taken)][1])
+    settings = ReportSection(latency_samples=3, throughput_batch_size=2, throughput_batches=1)
+    found = speed.measure_speed({"teacher": [small, large]}, settings, "cpu")["teacher"]
+    assert small.parts[-1] == large.parts[-1] == [1, 3]
+    assert found["pass_memory"] == {"rows": 2, "mb": 2.0, "how": RESIDENT}
+    # Times of an ensemble add up.
+    assert found["latency_ms"] == {"p50": 2000.0, "p95": 2000.0, "p99": 2000.0}
+    assert found["throughput"] == 0.5
 
 
 # ---- rows ----
@@ -259,8 +291,8 @@ def test_each_term_is_a_panel_and_each_seed_a_curve_in_it(tmp_path):
 
 
 def test_a_long_log_is_thinned_to_its_last_step(tmp_path):
-    write_log(tmp_path / "teacher", [{"step": s, "loss": 1.0, "loss_ce": float(s)} for s in range(1, 1202)])
+    write_log(tmp_path / "teacher", [{"step": s, "loss": 1.0, "loss_ce": float(s)} for s in range(1, 1203)])
     (panel,) = read_panels(tmp_path, {"teacher": {}}, "accuracy")
     steps, values = panel.curves["teacher"]
     assert len(steps) <= MOST_POINTS + 1
-    assert (steps[0], steps[-1], values[-1]) == (1, 1201, 1201.0)
+    assert (steps[0], steps[-1], values[-1]) == (1, 1202, 1202.0)
