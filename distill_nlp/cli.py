@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import distill_nlp
+from distill_nlp.cli_output import is_main_rank as _is_main_rank
+from distill_nlp.cli_output import quiet as _quiet
+from distill_nlp.cli_output import show_report
+from distill_nlp.cli_output import to_stderr as _to_stderr
+from distill_nlp.cli_results import add_results
 from distill_nlp.cli_settings import add_settings, dotted, positive, value_of
 from distill_nlp.config import STAGES, LossSection
 from distill_nlp.config_file import leaves, load_experiment
@@ -30,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if known.command not in ("run", "cache", "doctor", "sweep") and rest:
+    if known.command not in ("run", "report", "cache", "doctor", "sweep") and rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         return known.function(known, rest)
@@ -154,6 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--max_length", type=positive, metavar="N", help="cut texts at so many tokens")
     predict.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     predict.set_defaults(function=_predict)
+
+    add_results(commands)
     return parser
 
 
@@ -165,11 +172,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         return 0
     report = pipeline.run(stages, doctor=not known.no_doctor)
     if report is not None:
-        from rich.console import Console
-
-        from distill_nlp.report import terminal_table
-
-        Console().print(terminal_table(report))
+        show_report(report, pipeline.root)
     return 0
 
 
@@ -201,10 +204,6 @@ def _sweep(known: argparse.Namespace, rest: list[str]) -> int:
     if result.get("command"):
         print(result["command"])
     return 0
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _pipeline(known: argparse.Namespace, rest: list[str]) -> Any:
@@ -247,20 +246,3 @@ def _stages(text: str | None) -> tuple[str, ...]:
     if unknown or not names:
         raise UsageError(f"--stages: unknown {', '.join(unknown) or repr(text)}; there are {', '.join(STAGES)}")
     return tuple(name for name in STAGES if name in names)
-
-
-def _quiet(debug: bool) -> None:
-    """Keeps the libraries' chatter away; progress bars only where someone watches."""
-    import datasets
-    import transformers
-
-    if not debug:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        datasets.logging.set_verbosity_error()
-    if not sys.stderr.isatty() or not _is_main_rank():
-        datasets.disable_progress_bars()
-
-
-def _is_main_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"

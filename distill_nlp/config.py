@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from distill_nlp.config_training import TrainingSection, did_you_mean, mistake
 
 STAGES = ("teacher", "baseline", "student", "report")
+CONFIG_FILE = "config.json"
+"""In `output_dir`: the settings of the run."""
 SYNTHETIC = "synthetic"
 TRAIN_TOKENIZER = "train"
 

@@ -7,12 +7,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from distill_nlp.config import SYNTHETIC, DataSection
 from distill_nlp.data_files import load_split
 from distill_nlp.data_labels import check_classes, check_same_kind, label_names, problem_type_of, unlabeled, with_labels
 from distill_nlp.errors import UsageError
+from distill_nlp.labels import label_order
 from distill_nlp.losses.base import MULTI_LABEL, SINGLE_LABEL, ProblemType
 
 Loader = Callable[[str], Any]
@@ -103,6 +105,56 @@ def read_problem_type(config: DataSection) -> ProblemType:
         UsageError: there is no such split or column.
     """
     return problem_type_of(_columns(_loader(config)(config.train_split), config, config.train_split))
+
+
+def load_labeled(config: DataSection, split: str, names: list[str], problem_type: ProblemType) -> Any:
+    """One split alone, labeled by the classes of a finished model.
+
+    Args:
+        config: where the rows are; its `label_names` are not read.
+        split: to load.
+        names: of the model's classes, by index. Class names that the data have are found among them by name; numbers
+            without names are taken for their indices.
+        problem_type: of the model.
+
+    Returns:
+        `text`, maybe `text_pair`, and `labels` as in `Splits`.
+
+    Raises:
+        UsageError: there is no such split or column, or the labels are not the model's.
+    """
+    raw = _columns(_loader(config)(split), config, split)
+    if problem_type_of(raw) != problem_type:
+        kinds = {SINGLE_LABEL: "one label per row", MULTI_LABEL: "lists of labels"}
+        raise UsageError(
+            f"data: {config.label_column} holds {kinds[problem_type_of(raw)]}, and the model was trained on "
+            f"{kinds[problem_type]}"
+        )
+    feature, several = raw.features["labels"], problem_type == MULTI_LABEL
+    known = getattr(feature.feature if several else feature, "names", None)
+    if known is not None and list(known) != names:
+        raw = _renamed(raw, list(known), names, several)
+    return with_labels(raw, config, split, names)
+
+
+def _renamed(dataset: Any, known: list[str], names: list[str], several: bool) -> Any:
+    """The labels as the model's names, of data that name their classes in another order or number."""
+
+    def described(of: list[str]) -> Any:
+        return SimpleNamespace(id2label=dict(enumerate(of)), num_labels=len(of))
+
+    try:
+        order = label_order(described(names), described(known), restrict=True)
+    except ValueError:
+        raise UsageError(f"data: its classes {known} are not the model's {names}") from None
+    named = [names[i] for i in (range(len(known)) if order is None else order)]
+    values: list[Any] = list(dataset["labels"])
+    # A row without a label is refused later, with its number.
+    if several:
+        values = [None if row is None else [named[i] for i in row] for row in values]
+    else:
+        values = [None if i is None else named[i] for i in values]
+    return dataset.remove_columns("labels").add_column("labels", values)
 
 
 def _loader(config: DataSection) -> Loader:

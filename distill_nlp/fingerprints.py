@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from functools import cached_property
+from pathlib import Path
 
 from accelerate import PartialState
 
@@ -13,7 +14,7 @@ from distill_nlp.data import content_hash
 from distill_nlp.loading import checkpoint_print
 from distill_nlp.materials import Materials
 from distill_nlp.stage_training import effective
-from distill_nlp.stages import Fingerprint
+from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.tokenization import tokenizer_hash
 
@@ -24,6 +25,14 @@ class Fingerprints:
     def __init__(self, experiment: Experiment, materials: Materials) -> None:
         self.experiment = experiment
         self.materials = materials
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        # What a launcher decides: it changes the results as a setting does.
+        self.launch: Fingerprint = {"processes": PartialState().num_processes, "mixed_precision": precision}
+
+    def trust_launch_of(self, finished: Path) -> None:
+        """Takes the launch that a finished stage was made under for one's own, to look at its results."""
+        record = StageFolder(finished).record() or {}
+        self.launch = record.get("fingerprint", {}).get("launch", self.launch)
 
     @cached_property
     def teachers(self) -> list[Fingerprint]:
@@ -41,18 +50,12 @@ class Fingerprints:
                 "teacher": settings.model_dump(include={"config", "overrides", "seed"}),
                 "model": checkpoint_print(settings.model, settings.revision),
                 "training": self._effective(self.experiment.teacher_training(), of_student=False),
-                "launch": self._launch,
+                "launch": self.launch,
             }
         )
 
     def _effective(self, section: TrainingSection, of_student: bool) -> Fingerprint:
         return effective(section, of_student, self.materials.splits.problem_type)
-
-    @property
-    def _launch(self) -> Fingerprint:
-        """What a launcher decides: it changes the results as a setting does."""
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        return {"processes": PartialState().num_processes, "mixed_precision": precision}
 
     def _common(self, seed: int, of_student: bool) -> Fingerprint:
         experiment = self.experiment
@@ -68,7 +71,7 @@ class Fingerprints:
             "model": layers_of or checkpoint_print(student.model, student.revision),
             "training": self._effective(experiment.training, of_student),
             "seed": seed,
-            "launch": self._launch,
+            "launch": self.launch,
         }
 
     def baseline(self, seed: int) -> Fingerprint:
@@ -100,7 +103,10 @@ class Fingerprints:
     def _of_phases(self) -> list[Fingerprints]:
         # Kept: each hashes the teachers' weights and rows once.
         trainings = self.experiment.student_trainings()
-        return [self if e is self.experiment else Fingerprints(e, self.materials) for e in trainings]
+        found = [self if e is self.experiment else Fingerprints(e, self.materials) for e in trainings]
+        for prints in found:
+            prints.launch = self.launch
+        return found
 
     def _student(self, seed: int) -> Fingerprint:
         pool = self.materials.splits.unlabeled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,20 +11,17 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from distill_nlp.config import STAGES, Experiment
-from distill_nlp.data import content_hash
+from distill_nlp.config import CONFIG_FILE, STAGES, Experiment
 from distill_nlp.doctor import Finding, compact_lines, examine, examine_teachers, guarded
 from distill_nlp.errors import DistillError, UsageError
-from distill_nlp.fingerprints import Fingerprints, plain
+from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.materials import Materials
-from distill_nlp.report import REPORT_FILE, ReportTeacher, build_report, write_report
+from distill_nlp.report_stage import ReportStage
 from distill_nlp.stage_runner import StageRunner
-from distill_nlp.stage_training import Say, training_arguments, versions
-from distill_nlp.stages import StageFolder, read_json, write_json
+from distill_nlp.stage_training import Say, training_arguments
+from distill_nlp.stages import StageFolder, write_json
 from distill_nlp.student_stages import StudentStages
 from distill_nlp.teacher_stages import TeacherStages
-
-CONFIG_FILE = "config.json"
 
 
 class Pipeline:
@@ -87,7 +83,9 @@ class Pipeline:
             if "student" in stages:
                 self.students.student(seed)
         # The other ranks are not needed for the report, and a barrier would time out on a long one.
-        return self._report_stage() if "report" in stages and self.state.is_main_process else None
+        if "report" not in stages or not self.state.is_main_process:
+            return None
+        return ReportStage(self.runner, self.prints, self.teachers).make()
 
     def rehearse(self) -> None:
         """Two steps of every stage for the first seed, to see whether they go through; nothing is kept of them.
@@ -177,64 +175,14 @@ class Pipeline:
 
     # ---- the report ----
 
-    def _report_stage(self) -> dict[str, Any]:
-        seeds, materials = self.experiment.seeds, self.materials
-        prints = {"baseline": self.prints.baseline, "student": self.prints.student}
-        folders = {
-            kind: {seed: self.runner.finished(self.root / kind / f"seed-{seed}", make(seed), kind) for seed in seeds}
-            for kind, make in prints.items()
-        }
-        teachers = []
-        for part in materials.teachers:
-            path, revision = self.teachers.source(part)
-            rows = materials.tokens_alone(materials.splits.test, part)
-            settings = part.settings
-            teachers.append(
-                ReportTeacher(path, rows, part.tokenizer, revision, settings.weight, settings.restrict_labels)
-            )
-        # Made of just these models, these rows and these settings, a report is not made again.
-        fingerprint = plain(
-            {
-                "test": content_hash(materials.splits.test),
-                "settings": self.experiment.report.model_dump(),
-                "models": {f"{kind}-{seed}": make(seed) for kind, make in prints.items() for seed in seeds},
-                "device": str(self.state.device),
-            }
-        )
-        earlier = read_json(self.root / REPORT_FILE)
-        if earlier is not None and earlier.get("run", {}).get("fingerprint") == fingerprint:
-            self.runner.say("report", f"done already: {self.root / 'report.md'}")
-            return earlier
-        start = time.monotonic()
-        report = build_report(
-            teachers=teachers,
-            baselines=folders["baseline"],
-            students=folders["student"],
-            tokenizer=materials.tokenizer,
-            test=materials.tokens_alone(materials.splits.test),
-            label_names=materials.label_names,
-            settings=self.experiment.report,
-            mean=self.experiment.teacher.mean,
-            device=self.state.device,
-        )
-        report["run"] = {
-            "dataset": self.experiment.data.dataset,
-            "stages": self._stage_records(),
-            "versions": versions(),
-            "fingerprint": fingerprint,
-        }
-        write_report(report, self.root)
-        self.runner.say("report", f"{time.monotonic() - start:.0f} s → {self.root / 'report.md'}")
-        return report
+    def report(self, fresh: bool = False) -> dict[str, Any]:
+        """Makes the report of the finished models again, without training; for one process.
 
-    def _stage_records(self) -> dict[str, Any]:
-        """Steps, seconds and objective of each finished stage of these seeds."""
-        names = [part.name for part in self.materials.teachers]
-        for seed in self.experiment.seeds:
-            before = [f"student/seed-{seed}-phase-{i}" for i in range(1, len(self.experiment.phases))]
-            names += [f"baseline/seed-{seed}", *before, f"student/seed-{seed}"]
-        records = {}
-        for name in names:
-            if (record := StageFolder(self.root / name).record()) is not None:
-                records[name] = {key: record[key] for key in ("objective", "steps", "seconds")}
-        return records
+        Args:
+            fresh: predict and measure again, whatever an earlier report found of the same models and rows.
+
+        Raises:
+            UsageError: a stage is not finished, or was made with other settings.
+        """
+        self.prints.trust_launch_of(self.root / "student" / f"seed-{self.experiment.seeds[0]}")
+        return ReportStage(self.runner, self.prints, self.teachers).make(again=True, fresh=fresh)

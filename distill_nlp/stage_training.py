@@ -21,6 +21,7 @@ import distill_nlp
 from distill_nlp.arguments import DistillationArguments
 from distill_nlp.config import TrainingSection
 from distill_nlp.config_training import task_metric
+from distill_nlp.energy import EnergyMeter
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.losses import DistillationLoss, ModelShape
@@ -123,8 +124,9 @@ class TrainingJob:
         going_on = f", going on from {checkpoint.name}" if checkpoint else ""
         say(f"{self.name:<20} {parameters:.1f}M parameters, loss {trainer.objective.formula()}{going_on}")
         start = time.monotonic()
-        if checkpoint is None or not take_over_the_end(trainer, checkpoint):
-            self._train(trainer, checkpoint)
+        with EnergyMeter() as meter:
+            if checkpoint is None or not take_over_the_end(trainer, checkpoint):
+                self._train(trainer, checkpoint)
         seconds = time.monotonic() - start
         reason = reason_of_early_stop(trainer)
         if reason:
@@ -145,7 +147,8 @@ class TrainingJob:
                     "stopped_early": {"step": trainer.state.global_step, "why": reason} if reason else None,
                     "best_step": trainer.state.best_global_step,
                     "seconds": round(seconds, 1),
-                    # The seconds are those of the last attempt.
+                    "energy": meter.record,
+                    # Seconds and energy are those of the last attempt.
                     "resumed_from": checkpoint.name if checkpoint else None,
                     "validation": {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")},
                     "versions": versions(),

@@ -47,6 +47,8 @@ FLOORS = {
     "pipeline": 6,
     "sweep": 7,
     "cli": 7,
+    "cli_output": 7,
+    "cli_results": 7,
     "cli_settings": 5,
     "__main__": 7,
 }

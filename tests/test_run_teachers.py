@@ -13,7 +13,7 @@ from helpers import BINARY, label_config, make_student, make_teacher, make_token
 from safetensors.torch import load_file
 
 from distill_nlp.cli import main
-from distill_nlp.report.render import REPORT_FILE
+from distill_nlp.report import REPORT_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_doctor")]
 

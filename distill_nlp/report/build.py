@@ -4,62 +4,41 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from distill_nlp.config import ReportSection
 from distill_nlp.config_training import task_metric
-from distill_nlp.ensemble import mean_logits
-from distill_nlp.inference import predict_logits
-from distill_nlp.labels import label_order
-from distill_nlp.loading import load_classifier, load_config
-from distill_nlp.losses import ModelShape
 from distill_nlp.losses.base import MULTI_LABEL, SINGLE_LABEL
-from distill_nlp.report.scores import agreement, compared, right_rows, scores
-from distill_nlp.report.speed import Run, measure_speed
+from distill_nlp.report.earlier import Earlier
+from distill_nlp.report.evaluation import Answers, Folders, ReportTeacher, measure_costs, predict_all
+from distill_nlp.report.quality import detail, kl_to_teacher, quality
+from distill_nlp.report.rows import TestRows, slices
+from distill_nlp.report.schema import SCHEMA_VERSION
+from distill_nlp.report.scores import Logits, agreement, compared, right_rows, scores
 from distill_nlp.report.statistics import gap_closed, interval, mcnemar
 
-SCHEMA_VERSION = 1
 LOGITS = "logits"
-
-
-@dataclass
-class ReportTeacher:
-    """The teacher, or one of an ensemble.
-
-    Args:
-        path: Hub id or folder of the fine-tuned model.
-        test: the test rows as it reads them, tokenized.
-        tokenizer: that pads them.
-        revision: on the Hub.
-        weight: in the ensemble's mean.
-        restrict_labels: keep only the student's labels.
-    """
-
-    path: str
-    test: Any
-    tokenizer: Any
-    revision: str | None = None
-    weight: float = 1.0
-    restrict_labels: bool = False
+ROWS = "rows"
+PRIVATE = (LOGITS, ROWS)
+"""What a report holds beside that which report.json does."""
 
 
 def build_report(
     teachers: Sequence[ReportTeacher],
-    baselines: Mapping[int, Path],
-    students: Mapping[int, Path],
+    baselines: Folders,
+    students: Folders,
     tokenizer: Any,
     test: Any,
     label_names: list[str],
     settings: ReportSection,
     mean: str = "probabilities",
     device: Any = "cpu",
+    rows: TestRows | None = None,
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Runs every model over the test rows, once, and compares.
 
@@ -72,81 +51,66 @@ def build_report(
         settings: what to measure.
         mean: that an ensemble takes, "probabilities" or "logits".
         device: where to run.
+        rows: the same rows as texts, for scores by length and the lists of the page; left out without.
+        earlier: what a report of just these models and rows found, which is then not done again.
 
     Returns:
-        A JSON-ready dict; under `logits`, which is no part of report.json, each model's logits by name.
+        A JSON-ready dict, see `schema.Report`; under `logits` and `rows`, which are no part of report.json, each
+        model's logits by name, and the rows.
     """
-    rows = test.to_list()
-    labels = np.array([row["labels"] for row in rows])
+    examples = test.to_list()
+    labels = np.array([row["labels"] for row in examples])
     problem_type = MULTI_LABEL if labels.ndim == 2 else SINGLE_LABEL
-    student_config = load_config(str(next(iter(students.values()))))
-    runs, answers = [], []
-    for i, teacher in enumerate(teachers):
-        which = f" {i + 1} of {len(teachers)}" if len(teachers) > 1 else ""
-        model = load_classifier(teacher.path, teacher.revision).to(device)
-        runs.append(Run(model, teacher.tokenizer, teacher.test.to_list()))
-        found = predict_logits(model, teacher.tokenizer, runs[-1].rows, description=f"Evaluating teacher{which}")
-        order = label_order(model.config, student_config, teacher.restrict_labels)
-        answers.append(found if order is None else found[:, order])
-    logits = {"teacher": answers[0] if len(answers) == 1 else _mean(answers, teachers, mean, student_config)}
-    for kind, folders in (("baseline", baselines), ("student", students)):
-        for seed, folder in folders.items():
-            model = load_classifier(str(folder)).to(device)
-            name = f"{kind} seed {seed}"
-            logits[f"{kind}/{seed}"] = predict_logits(model, tokenizer, rows, description=f"Evaluating {name}")
-
-    sizes = [_size(run.model, teacher.path) for run, teacher in zip(runs, teachers, strict=True)]
-    models: dict[str, Any] = {
-        "teacher": {
-            "path": str(teachers[0].path),
-            **scores(logits["teacher"], labels),
-            **{key: round(sum(size[key] for size in sizes), 2) for key in sizes[0]},
-        }
-    }
-    if len(teachers) > 1:
-        models["teacher"] |= {
-            "ensemble": [
-                {"path": str(t.path), "weight": t.weight, **scores(found, labels)}
-                for t, found in zip(teachers, answers, strict=True)
-            ],
-            "mean": mean,
-        }
-    timed = {"teacher": runs}
-    for kind, folders in (("baseline", baselines), ("student", students)):
-        seeds = {
-            str(seed): {
-                "path": str(folder),
-                **scores(logits[f"{kind}/{seed}"], labels),
-                "agreement": agreement(logits[f"{kind}/{seed}"], logits["teacher"], labels.ndim == 2),
-            }
-            for seed, folder in folders.items()
-        }
-        model = load_classifier(str(next(iter(folders.values()))))
-        timed[kind] = [Run(model, tokenizer, rows)]
-        summarized = [key for key in next(iter(seeds.values())) if key != "path"]
-        summary = {key: _mean_sd([s[key] for s in seeds.values()]) for key in summarized}
-        models[kind] = {"seeds": seeds, **summary, **_size(model, next(iter(folders.values())))}
-    for name, speed in measure_speed(timed, settings, device).items():
-        models[name] |= speed
-
-    return {
+    models = (teachers, baselines, students, tokenizer, examples)
+    answers = earlier.answers if earlier is not None else predict_all(*models, mean, device)
+    costs = earlier.costs if earlier is not None else None
+    costs = costs or measure_costs(*models, settings, device)
+    logits = answers.logits
+    report = {
         "schema_version": SCHEMA_VERSION,
         "problem_type": problem_type,
         "metric": task_metric(problem_type),
-        "test_rows": len(rows),
+        "test_rows": len(examples),
         "label_names": label_names,
-        "models": models,
+        "models": {
+            "teacher": _teacher(teachers, answers, labels, mean) | costs["teacher"],
+            "baseline": _seeds("baseline", baselines, logits, labels) | costs["baseline"],
+            "student": _seeds("student", students, logits, labels) | costs["student"],
+        },
         "comparison": _compare(logits, labels, list(students), settings.bootstrap_samples),
         "machine": machine(device),
         LOGITS: {**logits, "labels": labels},
     }
+    if rows is not None:
+        report["slices"] = slices(rows, logits, labels, list(students))
+        report[ROWS] = rows
+    return report
 
 
-def _mean(answers: list[np.ndarray], teachers: Sequence[ReportTeacher], mean: str, config: Any) -> np.ndarray:
-    total = sum(teacher.weight for teacher in teachers)
-    shares = [teacher.weight / total for teacher in teachers]
-    problem_type = ModelShape.from_config(config).problem_type
-    return mean_logits([torch.from_numpy(found) for found in answers], shares, mean, problem_type).numpy()
+def _teacher(teachers: Sequence[ReportTeacher], answers: Answers, labels: np.ndarray, mean: str) -> dict[str, Any]:
+    found = _scored(answers.logits["teacher"], labels)
+    ensemble = {} if answers.members is None else {"ensemble": answers.members, "mean": mean}
+    return {"path": str(teachers[0].path), **found, **ensemble}
+
+
+def _seeds(kind: str, folders: Folders, logits: Logits, labels: np.ndarray) -> dict[str, Any]:
+    """Each seed's scores, and of each score its mean and deviation over seeds."""
+    several, teacher = labels.ndim == 2, logits["teacher"]
+    seeds = {}
+    for seed, folder in folders.items():
+        own = logits[f"{kind}/{seed}"]
+        against = {
+            "agreement": agreement(own, teacher, several),
+            "kl_to_teacher": kl_to_teacher(own, teacher, several),
+        }
+        seeds[str(seed)] = {"path": str(folder), **_scored(own, labels), **against}
+    first = next(iter(seeds.values()))
+    summary = {key: _mean_sd([s[key] for s in seeds.values()]) for key in first if isinstance(first[key], float)}
+    return {"seeds": seeds, **summary}
+
+
+def _scored(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    return {**scores(logits, labels), **quality(logits, labels), **detail(logits, labels)}
 
 
 def _compare(logits: dict[str, np.ndarray], labels: np.ndarray, seeds: list[int], samples: int) -> dict[str, Any]:
@@ -182,15 +146,6 @@ def _named(test: dict[str, Any]) -> dict[str, Any]:
 
 def _mean_sd(values: list[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-
-
-def _size(model: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Parameters, and megabytes (10^6) of the weights on disk; for a model on the Hub, of its tensors."""
-    folder = Path(path).expanduser()
-    # A folder may hold the same weights in both formats.
-    files = list(folder.glob("model*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
-    size = sum(f.stat().st_size for f in files) or sum(t.nbytes for t in model.state_dict().values())
-    return {"parameters": sum(p.numel() for p in model.parameters()), "size_mb": round(size / 1e6, 2)}
 
 
 def machine(device: Any) -> dict[str, Any]:

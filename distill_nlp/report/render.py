@@ -1,19 +1,10 @@
-"""The report as a terminal table, as Markdown and as JSON."""
+"""The report as a terminal table and in words; rows and lines that Markdown and the page share."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from distill_nlp.report.build import LOGITS
-from distill_nlp.stages import write_json
-
-REPORT_FILE = "report.json"
-
-_COLUMNS = ("teacher", "baseline", "student")
+COLUMNS = ("teacher", "baseline", "student")
 # By the metric that models are compared by: what is shown of them, in this order.
 _SHOWN = {
     "accuracy": {"accuracy": "accuracy", "f1_macro": "macro-F1", "agreement": "agreement with the teacher"},
@@ -28,16 +19,16 @@ _SHOWN = {
 
 def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """What is compared, then teacher, baseline and student, as text."""
-    models, metric = report["models"], _metric(report)
+    models, metric = report["models"], metric_of(report)
     intervals = report["comparison"][f"{metric}_intervals"]
 
     def row(label: str, value: Any) -> tuple[str, str, str, str]:
-        return (label, *(value(name, models[name]) for name in _COLUMNS))
+        return (label, *(value(name, models[name]) for name in COLUMNS))
 
     teacher = models["teacher"]
     # The teacher has no agreement with itself.
     shown = [
-        row(title, lambda name, m, key=key: _score(m[key]) if key in m else "") for key, title in _SHOWN[metric].items()
+        row(title, lambda name, m, key=key: score(m[key]) if key in m else "") for key, title in _SHOWN[metric].items()
     ]
     return [
         shown[0],
@@ -52,7 +43,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
     """The comparison in sentences."""
-    c, metric = report["comparison"], _metric(report)
+    c, metric = report["comparison"], metric_of(report)
     score = _SHOWN[metric][metric]
     lines = [
         f"retention (student / teacher {score}): {_percent(c['retention'])}",
@@ -71,7 +62,7 @@ def verdict(report: dict[str, Any]) -> str:
     """One sentence that claims no more than the interval of the difference allows."""
     difference = report["comparison"]["difference"]
     low, high = difference["interval"] or (0.0, 0.0)
-    metric = _metric(report)
+    metric = metric_of(report)
     unit = "points" if metric == "accuracy" else f"points of {_SHOWN[metric][metric]}"
     points = f"{abs(difference['value']) * 100:.2f} {unit}"
     if low > 0:
@@ -87,9 +78,9 @@ def terminal_table(report: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=_title(report), title_justify="left")
+    table = Table(title=title_of(report), title_justify="left")
     table.add_column("")
-    for name in _COLUMNS:
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     for row in table_rows(report):
         table.add_row(*(Text(cell) for cell in row))
@@ -97,48 +88,25 @@ def terminal_table(report: dict[str, Any]) -> Any:
     return Group(table, *lines, Text(verdict(report), style="bold"))
 
 
-def render_markdown(report: dict[str, Any]) -> str:
-    """The same as Markdown."""
-    lines = [f"# {_title(report)}", "", f"**{verdict(report)}**", ""]
-    lines += ["| | " + " | ".join(_COLUMNS) + " |", "|---|" + "---:|" * len(_COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in table_rows(report)]
-    lines += ["", *(f"- {line}" for line in summary_lines(report)), ""]
-    machine = report["machine"]
-    lines.append(
-        f"Speed on {machine['name']} ({machine['device']}, {machine['threads']} threads), models in turns on the same "
-        "rows at their real lengths, without tokenization."
-    )
-    if run := report.get("run"):
-        lines += ["", "| stage | objective | steps | seconds |", "|---|---|---:|---:|"]
-        for stage, record in run["stages"].items():
-            lines.append(f"| {stage} | {record['objective']} | {record['steps']:,} | {record['seconds']:.0f} |")
-        lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in run["versions"].items()) + "."]
-    return "\n".join(lines) + "\n"
-
-
-def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Writes report.json, report.md and the logits behind them (predictions.npz)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".predictions.{os.getpid()}.tmp.npz"
-    np.savez_compressed(temporary, **report[LOGITS])
-    os.replace(temporary, folder / "predictions.npz")
-    write_json(folder / REPORT_FILE, {k: v for k, v in report.items() if k != LOGITS})
-    markdown = folder / f".report.{os.getpid()}.tmp"
-    markdown.write_text(render_markdown(report), encoding="utf-8")
-    os.replace(markdown, folder / "report.md")
-
-
-def _metric(report: dict[str, Any]) -> str:
+def metric_of(report: dict[str, Any]) -> str:
+    """The key of the score that models are compared by."""
     # A report of before it was named.
     return report.get("metric", "accuracy")
 
 
-def _title(report: dict[str, Any]) -> str:
+def metric_title(report: dict[str, Any]) -> str:
+    """Its name."""
+    return _SHOWN[metric_of(report)][metric_of(report)]
+
+
+def title_of(report: dict[str, Any]) -> str:
+    """How much the report rests on."""
     seeds = len(report["models"]["student"]["seeds"])
     return f"{report['test_rows']:,} test rows, {seeds} seed{'s' if seeds > 1 else ''}"
 
 
-def _score(value: Any) -> str:
+def score(value: Any) -> str:
+    """Four digits, with the deviation over seeds where it has one."""
     if isinstance(value, dict):
         return f"{value['mean']:.4f}" + (f" ± {value['sd']:.4f}" if value["sd"] is not None else "")
     return f"{value:.4f}"

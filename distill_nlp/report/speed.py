@@ -1,11 +1,12 @@
-"""Latency and throughput of several models, measured in turns so that a drifting machine favours none."""
+"""Latency, throughput and memory of several models, measured in turns so that a drifting machine favours none."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,24 +14,44 @@ from torch import nn
 
 from distill_nlp.config import ReportSection
 from distill_nlp.inference import collate
+from distill_nlp.report.memory import pass_memory
+
+
+class Timed(Protocol):
+    """A model of any kind with the rows as it reads them."""
+
+    rows: Sequence[dict[str, Any]]
+
+    def prepare(self, device: Any) -> None:
+        """Makes it ready to run there."""
+
+    def seconds(self, part: Sequence[int], device: Any) -> float:
+        """The time of one pass over these rows, padded to the longest; padding is not in it."""
 
 
 @dataclass
 class Run:
-    """A model with the rows as it reads them, and the tokenizer that pads these."""
+    """A PyTorch model with the rows as it reads them, and the tokenizer that pads these."""
 
     model: nn.Module
     tokenizer: Any
     rows: Sequence[dict[str, Any]]
 
+    def prepare(self, device: Any) -> None:
+        self.model.eval().to(device)
+
+    def seconds(self, part: Sequence[int], device: Any) -> float:
+        batch = collate(self.tokenizer, [self.rows[i] for i in part], self.model, device)
+        return _time(self.model, batch, device)
+
 
 def measure_speed(
-    timed: Mapping[str, Sequence[Run]], settings: ReportSection, device: Any
+    timed: Mapping[str, Sequence[Timed]], settings: ReportSection, device: Any
 ) -> dict[str, dict[str, Any]]:
-    """Times forward passes on real rows at their real lengths; tokenization is not in it.
+    """Times forward passes on real rows at their real lengths; tokenization is not in it. Then their memory.
 
     Latency: one row at a time, the same rows for each model, in turns. Throughput: batches of
-    `throughput_batch_size` rows padded to the longest, in turns.
+    `throughput_batch_size` rows padded to the longest, in turns. Memory: one batch of that size of the longest rows.
 
     Args:
         timed: name -> the models behind it, one, or those of an ensemble, whose times add up.
@@ -38,7 +59,8 @@ def measure_speed(
         device: where.
 
     Returns:
-        name -> `latency_ms` with p50 and p95, and `throughput` in rows per second (the median batch's).
+        name -> `latency_ms` with p50, p95 and p99, `throughput` in rows per second (the median batch's), and
+        `pass_memory`, see `pass_memory`; an ensemble's is that of the one that takes most.
     """
     rng = np.random.default_rng(0)
     count = len(next(iter(timed.values()))[0].rows)
@@ -46,25 +68,31 @@ def measure_speed(
     size = settings.throughput_batch_size
     batches = [rng.integers(count, size=size) for _ in range(settings.throughput_batches)]
     times: dict[str, dict[str, list[float]]] = {name: {"single": [], "batch": []} for name in timed}
-    for runs in timed.values():
-        for run in runs:
-            run.model.eval().to(device)
+    for run in chain.from_iterable(timed.values()):
+        run.prepare(device)
     for kind, inputs in (("single", single), ("batch", batches)):
         for turn, part in enumerate([inputs[0], *inputs]):
             for name, runs in timed.items():
-                seconds = 0.0
-                for run in runs:
-                    batch = collate(run.tokenizer, [run.rows[i] for i in part], run.model, device)
-                    seconds += _time(run.model, batch, device)
+                seconds = sum(run.seconds(part, device) for run in runs)
                 if turn > 0:  # the first pass warms up
                     times[name][kind].append(seconds)
     return {
         name: {
-            "latency_ms": {f"p{p}": round(float(np.percentile(t["single"], p)) * 1000, 3) for p in (50, 95)},
+            "latency_ms": {f"p{p}": round(float(np.percentile(t["single"], p)) * 1000, 3) for p in (50, 95, 99)},
             "throughput": round(size / float(np.median(t["batch"])), 1),
+            "pass_memory": _most_memory(timed[name], size, device),
         }
         for name, t in times.items()
     }
+
+
+def _most_memory(runs: Sequence[Timed], size: int, device: Any) -> dict[str, Any]:
+    found = []
+    for run in runs:
+        lengths = [len(row["input_ids"]) for row in run.rows]
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:size]
+        found.append(pass_memory(lambda run=run, part=longest: run.seconds(part, device), device))
+    return {"rows": min(size, len(runs[0].rows)), **max(found, key=lambda memory: memory["mb"] or 0.0)}
 
 
 def _time(model: nn.Module, inputs: dict[str, torch.Tensor], device: Any) -> float:

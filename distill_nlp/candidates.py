@@ -1,0 +1,93 @@
+"""Models to be compared, of any kind: what `compare` needs of one, and the one place that tells kinds apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from distill_nlp.errors import UsageError
+from distill_nlp.inference import predict_logits
+from distill_nlp.labels import label_names
+from distill_nlp.loading import is_classifier, load_classifier, load_config, load_tokenizer
+from distill_nlp.losses.base import ModelShape, ProblemType
+from distill_nlp.report.evaluation import model_size
+from distill_nlp.report.speed import Run, Timed
+from distill_nlp.tokenization import tokenize
+
+
+class Candidate(Timed, Protocol):
+    """A classifier of any kind. Its times and rows are those of `Timed`, after `read`.
+
+    Attributes:
+        config: with `id2label` and `num_labels`.
+        problem_type: as in Transformers' configs.
+    """
+
+    config: Any
+    problem_type: ProblemType
+
+    def read(self, dataset: Any) -> None:
+        """Makes `rows` of texts: a `datasets.Dataset` of `text`, maybe `text_pair`, and `labels`."""
+
+    def logits(self, batch_size: int, device: Any) -> np.ndarray:
+        """(N, C) of the rows that were read, in the order of its own classes."""
+
+    def size(self) -> dict[str, Any]:
+        """`parameters`, `size_mb` on disk and `weights_mb` in memory."""
+
+
+def open_candidate(name: str, max_length: int | None = None) -> Candidate:
+    """Opens a model by what lies there; another kind of model is added here.
+
+    Args:
+        name: folder or Hub id.
+        max_length: cut texts at so many tokens; what tokenizer and model allow where not given.
+
+    Raises:
+        UsageError: it is no classifier.
+        DistillError: it is not to be had.
+    """
+    return TorchCandidate(name, max_length)
+
+
+class TorchCandidate:
+    """A Transformers checkpoint, in float32."""
+
+    def __init__(self, name: str, max_length: int | None = None) -> None:
+        self.name = name
+        self.config = load_config(name)
+        if not is_classifier(self.config):
+            raise UsageError(f"{name} is no classifier (its config names {self.config.architectures}); train one first")
+        self.problem_type: ProblemType = ModelShape.from_config(self.config).problem_type
+        self._model, self._tokenizer = load_classifier(name), load_tokenizer(name)
+        allowed = [self._tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
+        self._max_length = min(n for n in (max_length, *allowed) if n)
+        self.rows: Sequence[dict[str, Any]] = []
+
+    def read(self, dataset: Any) -> None:
+        pairs = "text_pair" in dataset.column_names
+        tokens = tokenize(dataset, self._tokenizer, self._max_length, token_type_ids=pairs)
+        self.rows = tokens.to_list()
+        self._run = Run(self._model, self._tokenizer, self.rows)
+
+    def logits(self, batch_size: int, device: Any) -> np.ndarray:
+        self.prepare(device)
+        return predict_logits(
+            self._model, self._tokenizer, list(self.rows), batch_size, description=f"Evaluating {self.name}"
+        )
+
+    def size(self) -> dict[str, Any]:
+        return model_size(self._model, self.name)
+
+    def prepare(self, device: Any) -> None:
+        self._run.prepare(device)
+
+    def seconds(self, part: Sequence[int], device: Any) -> float:
+        return self._run.seconds(part, device)
+
+
+def class_names(candidate: Candidate) -> list[str]:
+    """Names of a candidate's classes, by index."""
+    return label_names(candidate.config)

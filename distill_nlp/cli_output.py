@@ -1,0 +1,42 @@
+"""What all commands do with the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def to_stderr(line: str) -> None:
+    """One line for the user."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def quiet(debug: bool) -> None:
+    """Keeps the libraries' chatter away; progress bars only where someone watches."""
+    import datasets
+    import transformers
+
+    if not debug:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty() or not is_main_rank():
+        datasets.disable_progress_bars()
+
+
+def is_main_rank() -> bool:
+    """Whether this is the first process of a launch, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def show_report(report: dict[str, Any], folder: Path) -> None:
+    """The report's table, and where its page lies."""
+    from rich.console import Console
+
+    from distill_nlp.report import PAGE_FILE, terminal_table
+
+    Console().print(terminal_table(report))
+    # As it stands: rich would break a long path.
+    print(folder / PAGE_FILE)
