@@ -47,6 +47,7 @@ FLOORS = {
     "pipeline": 6,
     "sweep": 7,
     "cli": 7,
+    "cli_export": 7,
     "cli_settings": 5,
     "__main__": 7,
 }
