@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,9 @@ def write_graph(model: Any, tokenizer: Any, file: Path) -> list[str]:
         raise DistillError(f"the model has {size / 1e9:.1f} GB of weights, and a file in ONNX holds 2 GB: take --fp16")
     names = input_names(model, tokenizer)
     with quiet():
-        try:
-            # Not all architectures have it; any will do.
+        # Not all architectures have it; any will do.
+        with suppress(AttributeError, ValueError):
             model.set_attn_implementation("eager")
-        except (AttributeError, ValueError):
-            pass
         try:
             program = torch.onnx.export(
                 _Logits(model.eval()),

@@ -21,10 +21,10 @@ _OPERATORS = ["MatMul", "Gemm", "Gather"]
 _OPTIONS = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
 _CALIBRATION_BATCH = 8
 
+Batch = dict[str, np.ndarray]
 
-def quantize(
-    source: Path, target: Path, reduce_range: bool, calibration: Sequence[dict[str, np.ndarray]] | None = None
-) -> None:
+
+def quantize(source: Path, target: Path, reduce_range: bool, calibration: Sequence[Batch] | None = None) -> None:
     """Writes a graph with int8 weights, one scale for each output channel.
 
     Args:
@@ -68,8 +68,8 @@ def calibration_batches(
 
 
 class _Reader(CalibrationDataReader):
-    def __init__(self, batches: Sequence[dict[str, np.ndarray]]) -> None:
+    def __init__(self, batches: Sequence[Batch]) -> None:
         self._left = iter(batches)
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    def get_next(self) -> Batch | None:
         return next(self._left, None)

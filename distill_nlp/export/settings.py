@@ -27,7 +27,7 @@ class Tolerances:
     row: bool
 
 
-# Rounding of another order of sums is near 1e-6. Fewer bits move logits, which only counts where a label goes with them.
+# Another order of sums moves logits by about 1e-6. Fewer bits move them further, which counts where a label goes along.
 TOLERANCES = {
     FP32: Tolerances(difference=1e-3, flips=0.0, score_loss=0.0, row=False),
     FP16: Tolerances(difference=None, flips=0.005, score_loss=0.002, row=True),
