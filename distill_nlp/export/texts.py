@@ -38,18 +38,19 @@ _BUILT_IN = (
     "and it put off all three until autumn.",
     "An hour in I was ready to leave. Then the sister comes home, nobody says a word for five minutes, and everything "
     "that seemed slow and pointless before turns out to have been the point. I have thought about it every day since.",
-    "Cheap materials, loud motor, a manual that seems to have been translated by a machine, and a plug that fits none "
-    "of our sockets. It did make coffee, once. When I asked for my money back they offered a voucher for the same shop, "
-    "which is a joke, and then stopped replying altogether. Avoid.",
+    "Cheap materials, loud motor, a manual that seems to have been translated by a machine, and a plug that fits no "
+    "socket of ours. It did make coffee, once. When I asked for my money back they offered a voucher for the same "
+    "shop, which is a joke, and then stopped replying altogether. Avoid.",
     "How do I change the time zone of a calendar without moving all of its events?",
     "The striker limped off after twenty minutes, and with him went every idea that the team had had.",
     "It is what it is.",
     "Not the worst, not the best, not worth the price, not that I would mind seeing it on a plane.",
-    "Researchers report a gene variant that lowers the risk by a fifth; the sample was small, and no one has tried again.",
+    "Researchers report a gene variant that lowers the risk by a fifth; the sample was small.",
     "LOVE LOVE LOVE this phone, battery lasts forever, camera is insane, only wish it came in green",
     "We walked along the river until the path ended, ate our bread under a bridge in the rain, missed the last train, "
-    "slept in a station, lost a shoe, found a dog, gave the dog back, and agreed at breakfast that it had been our best "
-    "holiday in years, though none of us could have said why, and none of us has ever proposed to do it again. " * 4,
+    "slept in a station, lost a shoe, found a dog, gave the dog back, and agreed at breakfast that it had been our "
+    "best holiday in years, though none of us could have said why, and none of us has ever proposed to do it again. "
+    * 4,
 )
 
 
