@@ -118,6 +118,7 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 def test_the_folder_is_named_after_model_and_numbers(tmp_path, monkeypatch):
     (tmp_path / "seed-0").mkdir()
     monkeypatch.chdir(tmp_path / "seed-0")
+    assert ExportSettings(".").folder == tmp_path.resolve() / "seed-0-onnx"
     assert ExportSettings(str(tmp_path / "seed-0")).folder == tmp_path / "seed-0-onnx"
     assert ExportSettings(f"{tmp_path}/seed-0/", quantize="int8").folder == tmp_path / "seed-0-onnx-int8"
     assert ExportSettings("nobody/their-model", fp16=True).folder == Path("their-model-onnx-fp16")

@@ -99,7 +99,10 @@ class ExportSettings:
             return Path(self.output).expanduser()
         suffix = "-onnx" if self.numbers == FP32 else f"-onnx-{self.numbers}"
         source = Path(self.model).expanduser()
-        return source.with_name(source.resolve().name + suffix) if source.is_dir() else Path(source.name + suffix)
+        if not source.is_dir():
+            return Path(source.name + suffix)
+        # A folder may be given as a dot, which has no name.
+        return source.resolve().with_name(source.resolve().name + suffix)
 
     @property
     def tolerances(self) -> Tolerances:
