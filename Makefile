@@ -17,6 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/distill-nlp run configs/quickstart.yaml --output_dir runs/quickstart
+	$(BIN)/distill-nlp export runs/quickstart/student/seed-0 --quantize int8 --data synthetic \
+		--teacher runs/quickstart/teacher
 
 test: install
 	$(BIN)/python -m pytest

@@ -10,8 +10,9 @@ import numpy as np
 from distill_nlp.errors import UsageError
 from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_names
-from distill_nlp.loading import is_classifier, load_classifier, load_config, load_tokenizer
+from distill_nlp.loading import is_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import ModelShape, ProblemType
+from distill_nlp.onnx_model import exported_size, is_exported, load_for_inference
 from distill_nlp.report.evaluation import model_size
 from distill_nlp.report.speed import Run, Timed
 from distill_nlp.tokenization import tokenize
@@ -39,7 +40,7 @@ class Candidate(Timed, Protocol):
 
 
 def open_candidate(name: str, max_length: int | None = None) -> Candidate:
-    """Opens a model by what lies there; another kind of model is added here.
+    """Opens a model by what lies there, a checkpoint or an export; another kind of model is added here.
 
     Args:
         name: folder or Hub id.
@@ -49,11 +50,11 @@ def open_candidate(name: str, max_length: int | None = None) -> Candidate:
         UsageError: it is no classifier.
         DistillError: it is not to be had.
     """
-    return TorchCandidate(name, max_length)
+    return ModelCandidate(name, max_length)
 
 
-class TorchCandidate:
-    """A Transformers checkpoint, in float32."""
+class ModelCandidate:
+    """A Transformers checkpoint in float32, or an export of one."""
 
     def __init__(self, name: str, max_length: int | None = None) -> None:
         self.name = name
@@ -61,7 +62,7 @@ class TorchCandidate:
         if not is_classifier(self.config):
             raise UsageError(f"{name} is no classifier (its config names {self.config.architectures}); train one first")
         self.problem_type: ProblemType = ModelShape.from_config(self.config).problem_type
-        self._model, self._tokenizer = load_classifier(name), load_tokenizer(name)
+        self._model, self._tokenizer = load_for_inference(name), load_tokenizer(name)
         allowed = [self._tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
         self._max_length = min(n for n in (max_length, *allowed) if n)
         self.rows: Sequence[dict[str, Any]] = []
@@ -79,7 +80,7 @@ class TorchCandidate:
         )
 
     def size(self) -> dict[str, Any]:
-        return model_size(self._model, self.name)
+        return exported_size(self.name) if is_exported(self.name) else model_size(self._model, self.name)
 
     def prepare(self, device: Any) -> None:
         self._run.prepare(device)

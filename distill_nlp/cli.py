@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import distill_nlp
+from distill_nlp.cli_export import add_export, run_export
 from distill_nlp.cli_output import is_main_rank as _is_main_rank
 from distill_nlp.cli_output import quiet as _quiet
 from distill_nlp.cli_output import show_report
@@ -137,10 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     sweep.set_defaults(function=_sweep)
 
+    add_export(commands).set_defaults(function=_export)
+
     predict = commands.add_parser(
         "predict", help="classify texts with a finished model", description="Classifies texts with a finished model."
     )
-    predict.add_argument("model", metavar="MODEL", help="folder or Hub id of a classifier")
+    predict.add_argument("model", metavar="MODEL", help="folder or Hub id of a classifier, or an exported folder")
     predict.add_argument(
         "texts",
         metavar="TEXT|FILE",
@@ -203,6 +206,12 @@ def _sweep(known: argparse.Namespace, rest: list[str]) -> int:
     Console().print(terminal_table(result))
     if result.get("command"):
         print(result["command"])
+    return 0
+
+
+def _export(known: argparse.Namespace, rest: list[str]) -> int:
+    _quiet(known.debug)
+    run_export(known)
     return 0
 
 

@@ -157,6 +157,20 @@ def _renamed(dataset: Any, known: list[str], names: list[str], several: bool) ->
     return dataset.remove_columns("labels").add_column("labels", values)
 
 
+def load_rows(config: DataSection, split: str, labeled: bool = True) -> tuple[Any, bool]:
+    """One split as it stands: `text`, maybe `text_pair`, and `labels` as they were written; and whether it has these.
+
+    Args:
+        labeled: whether labels are wanted; a split without that column has none.
+
+    Raises:
+        UsageError: there is no such split or text column, or a text is no string.
+    """
+    raw = _loader(config)(split)
+    labeled = labeled and config.label_column in raw.column_names
+    return _columns(raw, config, split, labeled=labeled), labeled
+
+
 def _loader(config: DataSection) -> Loader:
     if config.dataset == SYNTHETIC:
         from datasets import ClassLabel, Dataset

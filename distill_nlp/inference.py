@@ -50,7 +50,8 @@ def batched_answers(
         Per batch (B, C), then (B, H) for each of `states`.
     """
     model.eval()
-    device = next(model.parameters()).device
+    # An exported model has no parameters, and answers on the CPU.
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     layers = {layer for layer, _ in states}
     started: list[torch.Tensor] | None = None
     for rows in batches:

@@ -14,8 +14,9 @@ import torch
 from distill_nlp.data_files import check_utf8, load_split
 from distill_nlp.errors import UsageError
 from distill_nlp.inference import predict_logits
-from distill_nlp.loading import load_classifier, load_config, load_tokenizer
+from distill_nlp.loading import load_config, load_tokenizer
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
+from distill_nlp.onnx_model import load_for_inference
 
 _COLUMN_FILES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
 # Texts that are sorted by length together: memory stays flat on files of any size.
@@ -69,7 +70,7 @@ def predict(
     their scores are, and `-` in both places where there is none; in JSON a list `labels`.
 
     Args:
-        model: folder or Hub id of a classifier.
+        model: folder or Hub id of a classifier, or an exported folder.
         texts: read as they are needed.
         as_json: JSON lines instead of text.
         batch_size: texts of one forward pass.
@@ -79,12 +80,11 @@ def predict(
         UsageError: the model is no classifier.
     """
     config = load_config(model)
-    classifier = load_classifier(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = load_for_inference(model).to("cuda" if torch.cuda.is_available() else "cpu")
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
         raise UsageError(f"{model} is no classifier (its config names {config.architectures}); train one first")
     tokenizer = load_tokenizer(model)
-    longest = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    limit = min(n for n in longest if n)
+    limit = longest_input(config, tokenizer, max_length)
     stream = iter(texts)
     while window := list(islice(stream, _WINDOW)):
         encoded = tokenizer(window, truncation=True, max_length=limit)
@@ -97,6 +97,12 @@ def predict(
             ranked = sorted(named, key=lambda name: -named[name])
             chosen = [name for name in ranked if named[name] > 0.5] if several else ranked[:1]
             yield _as_json(text, named, chosen, several) if as_json else _as_text(text, named, chosen)
+
+
+def longest_input(config: Any, tokenizer: Any, max_length: int | None = None) -> int:
+    """The most tokens of a text that model, tokenizer and `max_length` all allow."""
+    limits = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    return min(n for n in limits if n)
 
 
 def _as_json(text: str, scores: dict[str, float], chosen: list[str], several: bool) -> str:

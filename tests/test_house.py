@@ -49,6 +49,7 @@ FLOORS = {
     "cli": 7,
     "cli_output": 7,
     "cli_results": 7,
+    "cli_export": 7,
     "cli_settings": 5,
     "__main__": 7,
 }
