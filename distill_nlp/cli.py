@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import distill_nlp
+from distill_nlp.cli_push import add_push
 from distill_nlp.cli_settings import add_settings, dotted, positive, value_of
 from distill_nlp.config import STAGES, LossSection
 from distill_nlp.config_file import leaves, load_experiment
@@ -154,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--max_length", type=positive, metavar="N", help="cut texts at so many tokens")
     predict.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     predict.set_defaults(function=_predict)
+    add_push(commands).set_defaults(function=_push)
     return parser
 
 
@@ -236,6 +239,22 @@ def _predict(known: argparse.Namespace, rest: list[str]) -> int:
     ):
         print(line)
     sys.stdout.flush()
+    return 0
+
+
+def _push(known: argparse.Namespace, rest: list[str]) -> int:
+    _quiet(known.debug)
+    from distill_nlp.push import PushOptions, push
+
+    if not known.debug:
+        import huggingface_hub.utils as hub
+
+        hub.logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            hub.disable_progress_bars()
+    sys.stdout.reconfigure(errors="backslashreplace")
+    wanted = {field.name: getattr(known, field.name) for field in dataclasses.fields(PushOptions)}
+    print(push(PushOptions(**wanted), _to_stderr))
     return 0
 
 

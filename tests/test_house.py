@@ -38,6 +38,7 @@ FLOORS = {
     "checkpoints": 3,
     "projections": 3,
     "gradient_meter": 3,
+    "hub": 3,
     "arguments": 4,
     "combinations": 4,
     "parameter_groups": 4,
@@ -47,6 +48,7 @@ FLOORS = {
     "pipeline": 6,
     "sweep": 7,
     "cli": 7,
+    "cli_push": 5,
     "cli_settings": 5,
     "__main__": 7,
 }
