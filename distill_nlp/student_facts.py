@@ -224,7 +224,7 @@ def _recipe(record: dict[str, Any], fingerprint: dict[str, Any]) -> dict[str, An
 def _settings(experiment: dict[str, Any], private: Private) -> str:
     """The settings as YAML that `distill-nlp run` takes, once the reader has put the data and models in place."""
     kept = {key: value for key, value in experiment.items() if key not in ("output_dir", "cache_dir")}
-    kept = {"output_dir": "runs/student", **private.scrubbed(kept)}
+    kept = {"output_dir": "runs/student", **private.scrubbed(kept, "PATH/")}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 

@@ -47,14 +47,18 @@ class Private:
             return "a local path"
         return None
 
-    def scrubbed(self, value: Any, key: str = "") -> Any:
-        """Nested plain values without secrets, and with local paths cut down to what says nothing of this machine."""
+    def scrubbed(self, value: Any, prefix: str = "") -> Any:
+        """Nested plain values without secrets, and with local paths cut down to what says nothing of this machine.
+
+        Args:
+            value: of dicts, lists and scalars.
+            prefix: before what is left of a path, to tell it from a name on the Hub.
+        """
         if isinstance(value, dict):
-            kept = {k: v for k, v in value.items() if not is_secret(str(k))}
-            return {k: self.scrubbed(v, str(k)) for k, v in kept.items()}
+            return {k: self.scrubbed(v, prefix) for k, v in value.items() if not is_secret(str(k))}
         if isinstance(value, list):
-            return [self.scrubbed(item, key) for item in value]
-        return self.public_name(value) if isinstance(value, str) and is_local_path(value) else value
+            return [self.scrubbed(item, prefix) for item in value]
+        return prefix + self.public_name(value) if isinstance(value, str) and is_local_path(value) else value
 
     def public_name(self, path: str) -> str:
         """A local path as others may see it: from the run's folder on, else its last part alone."""
