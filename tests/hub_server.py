@@ -255,9 +255,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(200, content, ETag=f'"{hash(content) & 0xFFFFFFFF:x}"', X_Repo_Commit=COMMIT)
         elif path.startswith("/api/models/") and "xet" not in path:
             repo, kind, revision = self._parts(path)
-            files = self._files_of(repo, revision if kind in ("tree", "revision") else "main")
+            revision, _, inside = revision.partition("/") if kind == "tree" else (revision, "", "")
+            files = self._files_of(repo, revision)
             if files is None or (hub.private.get(repo) and not self._is_known):
                 self._answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+            elif kind == "tree" and inside:
+                self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
             elif kind == "tree":
                 tree = [{"type": "file", "path": n, "size": len(c), "oid": COMMIT} for n, c in files.items()]
                 self._answer(200, tree)

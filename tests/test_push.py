@@ -35,6 +35,9 @@ def hub(monkeypatch, tmp_path):
         server.waits = []
         monkeypatch.setattr("time.sleep", server.waits.append)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        # Made of the endpoint when the client was imported.
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield server
 
 
