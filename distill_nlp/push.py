@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -118,20 +119,23 @@ def _files(options: PushOptions, found: FinishedStudent, token: str | None) -> l
             raise UsageError(f"there is no report beside {found.folder}; leave --include-report, or report first")
         files += reports
     if options.include_onnx:
-        files += onnx_files(_onnx_folder(found.folder), private)
+        for name, folder in _onnx_folders(found.folder).items():
+            files += onnx_files(folder, private, name)
     facts = student_facts(found, private)
     facts.repo_id, facts.name = options.repo_id, options.repo_id.rpartition("/")[2]
     facts.license, facts.languages = options.license, options.languages
-    facts.has_onnx = options.include_onnx
+    facts.onnx_folders = sorted({f.name.partition("/")[0] for f in files if f.name.endswith(".onnx")})
     return [checked(HubFile(CARD, model_card(facts).encode()), private), *files]
 
 
-def _onnx_folder(folder: Path) -> Path:
-    places = [folder / "onnx", folder.with_name(f"{folder.name}-onnx")]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise UsageError(f"there is no ONNX export at {places[0]}; make one first, or leave --include-onnx")
+def _onnx_folders(folder: Path) -> dict[str, Path]:
+    """Exports inside a student's folder and beside it, `STUDENT-onnx-int8`, by their name in the repository."""
+    beside = sorted(folder.absolute().parent.glob(f"{glob.escape(folder.absolute().name)}-onnx*"))
+    places = {"onnx": folder / "onnx"} | {path.name.removeprefix(f"{folder.absolute().name}-"): path for path in beside}
+    found = {name: path for name, path in places.items() if path.is_dir()}
+    if not found:
+        raise UsageError(f"there is no ONNX export of {folder}; make one first, or leave --include-onnx")
+    return found
 
 
 def _token(options: PushOptions) -> str | None:

@@ -1,4 +1,4 @@
-"""`distill-nlp push` with the real Hub client and a loopback server: what arrives, what never leaves, what fails."""
+"""`distill-nlp push` with the real Hub client and a loopback server: what arrives, what stays, what fails."""
 
 from __future__ import annotations
 
@@ -180,7 +180,12 @@ def plant(run: Path) -> None:
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text(secret)
     config = json.loads((student / "config.json").read_text())
-    config |= {"_name_or_path": str(run / "backbone"), "resume_from": str(run / "x"), "hub_token": TOKEN}
+    config |= {
+        "_name_or_path": str(run / "backbone"),
+        "resume_from": str(run / "x"),
+        "hub_token": TOKEN,
+        "WANDB_API_KEY": "a1",
+    }
     (student / "config.json").write_text(json.dumps(config))
     settings = json.loads((student / "tokenizer_config.json").read_text())
     settings |= {"name_or_path": "/home/alice/models/bert", "special_tokens_map_file": "/home/alice/map.json"}
@@ -200,11 +205,22 @@ def test_a_planted_token_and_path_are_in_no_byte_that_the_server_received(hub, t
     assert "_name_or_path" not in config
     assert "hub_token" not in config
     assert config["id2label"] == {"0": "bad", "1": "good"}
+    assert "WANDB_API_KEY" not in config
+    assert config["resume_from"] == "x"
     tokenizer = json.loads(hub.files[REPO]["tokenizer_config.json"])
     assert tokenizer["pad_token"] == "[PAD]"
     assert "name_or_path" not in tokenizer
     assert json.loads(hub.files[REPO]["report.json"])["models"]["teacher"]["path"] == "teacher"
     AutoTokenizer.from_pretrained(REPO, cache_dir=tmp_path / "cache")
+
+
+def test_names_of_classes_are_not_taken_for_secrets_or_paths(hub, tmp_path):
+    names = ["reset_password", "/people/person/token"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    assert push(save_student(tmp_path / "student", **labels)) == 0
+    config = json.loads(hub.files[REPO]["config.json"])
+    assert config["id2label"] == {"0": "reset_password", "1": "/people/person/token"}
+    assert config["label2id"] == labels["label2id"]
 
 
 @pytest.mark.parametrize(
@@ -240,16 +256,18 @@ def test_the_header_of_the_weights_is_looked_through(hub, tmp_path, capsys):
 def test_an_export_is_pushed_with_its_own_allow_list(hub, tmp_path, capsys):
     student = save_student(tmp_path / "student")
     assert push(student, "--include-onnx") == 2
-    assert "there is no ONNX export at" in capsys.readouterr().err
+    assert "there is no ONNX export of" in capsys.readouterr().err
     (student / "onnx").mkdir()
     for name in ("model.onnx", "model.onnx_data", "tokenizer.json", "calibration.npz", "session.log"):
         (student / "onnx" / name).write_text(json.dumps({"a": name}))
     (student / "onnx" / "export.json").write_text(json.dumps({"source": str(student), "flips": 0}))
+    shutil.copytree(student / "onnx", tmp_path / "student-onnx-int8")
     assert push(student, "--include-onnx") == 0
-    sent = {name for name in hub.files[REPO] if name.startswith("onnx/")}
-    assert sent == {f"onnx/{name}" for name in ("model.onnx", "model.onnx_data", "tokenizer.json", "export.json")}
+    sent = {name for name in hub.files[REPO] if name.startswith("onnx")}
+    names = ("model.onnx", "model.onnx_data", "tokenizer.json", "export.json")
+    assert sent == {f"{folder}/{name}" for folder in ("onnx", "onnx-int8") for name in names}
     assert str(tmp_path).encode() not in hub.all_bytes
-    assert "An export for ONNX Runtime" in hub.files[REPO]["README.md"].decode()
+    assert "Exports for ONNX Runtime, with their tokenizer: onnx, onnx-int8." in hub.files[REPO]["README.md"].decode()
 
 
 # ---- the dry run and the card ----

@@ -55,7 +55,7 @@ class CardFacts:
         limits: sentences.
         versions: package -> version.
         command, settings: what made it, the settings as YAML.
-        has_onnx: an ONNX export lies in `onnx/`.
+        onnx_folders: where exports for ONNX Runtime lie in the repository.
     """
 
     name: str
@@ -86,7 +86,7 @@ class CardFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str | None = None
     settings: str | None = None
-    has_onnx: bool = False
+    onnx_folders: Sequence[str] = ()
 
 
 def model_card(facts: CardFacts) -> str:
@@ -182,8 +182,11 @@ def _usage(facts: CardFacts) -> list[str]:
     lines = ["```python", *code, "```"]
     if facts.several_labels:
         lines += ["", "A label applies where its score is above 0.5."]
-    if facts.has_onnx:
-        lines += ["", "An export for ONNX Runtime, with its tokenizer, is in `onnx/`."]
+    if facts.onnx_folders:
+        lines += [
+            "",
+            f"Exports for ONNX Runtime, with their tokenizer: {', '.join(map(markdown, facts.onnx_folders))}.",
+        ]
     return lines
 
 
@@ -248,10 +251,8 @@ def one_line(text: Any) -> str:
 def markdown(text: Any) -> str:
     """A text that stays text in Markdown, tables included: what would be markup is escaped."""
     escaped = re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", html.escape(one_line(text), quote=False))
-    # At the start of a line these make a list, a rule or a heading.
-    return re.sub(
-        r"^([-+>=]|\d+[.)])", lambda found: "\\" + found[0] if not found[0][0].isdigit() else found[0], escaped
-    )
+    # At the start of a line these make a list or a rule.
+    return re.sub(r"^(?=[-+])", r"\\", escaped)
 
 
 def fenced(text: str, language: str = "") -> list[str]:

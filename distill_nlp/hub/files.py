@@ -85,13 +85,13 @@ def report_files(run: Path, private: Private) -> list[HubFile]:
     return [checked(file, private) for file in found]
 
 
-def onnx_files(folder: Path, private: Private) -> list[HubFile]:
-    """An exported model with its config and tokenizer, under `onnx/`; raises as `student_files`."""
+def onnx_files(folder: Path, private: Private, name_there: str = "onnx") -> list[HubFile]:
+    """An exported model with its config and tokenizer, in a folder of its own there; raises as `student_files`."""
     names = sorted(path.name for path in folder.iterdir() if _ONNX_WEIGHTS.fullmatch(path.name) and path.is_file())
     if not any(name.endswith(".onnx") for name in names):
         raise ValueError(f"{folder} has no .onnx file: export the student first")
     names += [name for name in _ONNX_FILES if (folder / name).is_file()]
-    return [checked(HubFile(f"onnx/{name}", folder / name), private) for name in names]
+    return [checked(HubFile(f"{name_there}/{name}", folder / name), private) for name in names]
 
 
 def checked(file: HubFile, private: Private) -> HubFile:

@@ -9,13 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-SECRET_KEYS = re.compile(r"token$|secret|password|api_?key", re.IGNORECASE)
-"""Names of settings whose value is nobody else's business; `pad_token` and its like are another matter."""
+SECRET_KEYS = re.compile(
+    r"^(?:.*(?:hub|hf|auth|access|api|bearer|session|security)_?)?token$|secret|password|api_?key|credential",
+    re.IGNORECASE,
+)
+"""Names of settings whose text is nobody else's business; `pad_token` and its like are another matter."""
 
-# Of the Hub, of Weights & Biases in URLs, of OpenAI and GitHub: what is found in configs and environments.
+# A class may be named `reset_password` or `/people/person`.
+_NAMES_OF_CLASSES = ("id2label", "label2id", "label_names")
+
+# Of the Hub, GitHub and OpenAI: what is found in configs and environments.
 _TOKENS = re.compile(rb"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}|\b(?:ghp_|github_pat_|sk-)[A-Za-z0-9_-]{20,}")
 _HOMES = re.compile(rb"(?<![\w.-])/(?:home|Users)/[\w.-]+/|\b[A-Za-z]:\\{1,2}Users\\{1,2}[\w.-]+")
-_SPECIAL_TOKEN = re.compile(r"(?:bos|eos|unk|sep|pad|cls|mask|image|audio|video)_token$")
 
 
 class Private:
@@ -55,7 +60,8 @@ class Private:
             prefix: before what is left of a path, to tell it from a name on the Hub.
         """
         if isinstance(value, dict):
-            return {k: self.scrubbed(v, prefix) for k, v in value.items() if not is_secret(str(k))}
+            kept = {k: v for k, v in value.items() if not (isinstance(v, str) and SECRET_KEYS.search(str(k)))}
+            return {k: v if k in _NAMES_OF_CLASSES else self.scrubbed(v, prefix) for k, v in kept.items()}
         if isinstance(value, list):
             return [self.scrubbed(item, prefix) for item in value]
         return prefix + self.public_name(value) if isinstance(value, str) and is_local_path(value) else value
@@ -82,11 +88,6 @@ class Private:
         if cleaned == value:
             return content
         return (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def is_secret(key: str) -> bool:
-    """Whether a setting of this name holds a secret; `pad_token` and the like do not."""
-    return bool(SECRET_KEYS.search(key)) and not _SPECIAL_TOKEN.search(key)
 
 
 def is_local_path(text: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -11,14 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import HfApi, get_token
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-import distill_nlp
 from distill_nlp.hub.card import CardFacts, model_card
 from distill_nlp.hub.client import commit, create_repository
 from distill_nlp.hub.files import CARD, HubFile, checked, student_files
@@ -120,8 +119,8 @@ class PublishingTrainer(Trainer):
         api = HfApi(token=token) if token else self._hub
         revision = revision or self.args.hub_revision
         message = commit_message or "End of training"
-        send = (commit, api, self.hub_model_id, files, message, revision, logger.warning)
-        return send[0](*send[1:]) if blocking else api.run_as_future(*send)
+        what = (api, self.hub_model_id, files, message, revision, logger.warning)
+        return commit(*what) if blocking else api.run_as_future(commit, *what)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Sends the student of a checkpoint in the background, unless the last one is still on its way."""
@@ -200,7 +199,9 @@ class PublishingTrainer(Trainer):
             recipe={name: _value(getattr(self.args, name)) for name in _RECIPE if hasattr(self.args, name)},
             parameters=sum(p.numel() for p in self.student.parameters()),
             validation=validation,
-            versions={"distill_nlp": distill_nlp.__version__, "transformers": transformers.__version__},
+            versions={
+                package: sys.modules[package].__version__ for package in ("distill_nlp", "torch", "transformers")
+            },
         )
         return checked(HubFile(CARD, model_card(facts).encode()), self._private())
 
