@@ -1,4 +1,4 @@
-"""A trainer's pushes with the real Hub client against a loopback server: the student alone, while training and after."""
+"""A trainer's pushes with the real Hub client and a loopback server: the student alone, in training and after."""
 
 from __future__ import annotations
 

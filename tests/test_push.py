@@ -1,4 +1,4 @@
-"""`distill-nlp push` with the real Hub client and a loopback server: what arrives, what stays, what fails."""
+"""`distill-nlp push`, the real Hub client, a loopback server: what arrives, what stays, what fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_student, make_tokenizer
+from helpers import TOPICS, make_student, make_teacher, make_tokenizer, write_rows_of_several_labels
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -322,6 +322,33 @@ def test_the_card_says_what_the_report_measured_of_this_student(hub, tmp_path):
     ):
         assert said in card.text, said
     assert "hub_token" not in card.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.usefixtures("no_doctor")
+def test_the_card_of_a_real_run_has_the_figures_of_its_report(experiment, tmp_path, capsys, several):
+    changes = {"losses": {"kl": {}}}
+    if several:
+        write_rows_of_several_labels(tmp_path / "several")
+        backbone = tmp_path / "for-several"
+        make_teacher().bert.save_pretrained(backbone)
+        make_tokenizer().save_pretrained(backbone)
+        changes |= {"data__dataset": str(tmp_path / "several"), "data__label_column": "labels"}
+        changes |= {"data__label_names": list(TOPICS), "teacher__model": str(backbone)}
+    assert main(["run", str(experiment(**changes))]) == 0
+    capsys.readouterr()
+    assert push(tmp_path / "run", "--dry-run", "--include-report") == 0
+    out = capsys.readouterr().out
+    card = ModelCard(out[out.index("---\n") :])
+    measured = json.loads((tmp_path / "run" / "report.json").read_text())["models"]["student"]["seeds"]["0"]
+    wanted = {name: measured[name] for name in ("accuracy", "f1_macro", *(["f1_micro"] if several else []))}
+    assert {r.metric_name: r.metric_value for r in card.data.eval_results} == wanted
+    compared = "f1_macro" if several else "accuracy"
+    assert [r.metric_name for r in card.data.eval_results if "interval_95" in r.metric_args] == [compared]
+    assert "One seed" in card.text
+    assert str(tmp_path) not in out
+    assert "1·kl" in card.text
 
 
 @pytest.mark.parametrize("change", ["no report", "another student"])
