@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from distill_nlp.cli_output import is_main_rank as _is_main_rank
 from distill_nlp.cli_output import quiet as _quiet
 from distill_nlp.cli_output import show_report
 from distill_nlp.cli_output import to_stderr as _to_stderr
+from distill_nlp.cli_push import add_push
 from distill_nlp.cli_results import add_results
 from distill_nlp.cli_settings import add_settings, dotted, positive, value_of
 from distill_nlp.config import STAGES, LossSection
@@ -164,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(function=_predict)
 
     add_results(commands)
+    add_push(commands).set_defaults(function=_push)
     return parser
 
 
@@ -244,6 +247,22 @@ def _predict(known: argparse.Namespace, rest: list[str]) -> int:
     ):
         print(line)
     sys.stdout.flush()
+    return 0
+
+
+def _push(known: argparse.Namespace, rest: list[str]) -> int:
+    _quiet(known.debug)
+    from distill_nlp.push import PushOptions, push
+
+    if not known.debug:
+        import huggingface_hub.utils as hub
+
+        hub.logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            hub.disable_progress_bars()
+    sys.stdout.reconfigure(errors="backslashreplace")
+    wanted = {field.name: getattr(known, field.name) for field in dataclasses.fields(PushOptions)}
+    print(push(PushOptions(**wanted), _to_stderr))
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 
 from distill_nlp.arguments import DistillationArguments, setting_of
 from distill_nlp.checkpoints import load_weights, save_objective, save_student
@@ -15,6 +15,7 @@ from distill_nlp.collation import DistillationCollator
 from distill_nlp.combinations import refuse_layer_decay, refuse_where_sharded
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.gradient_meter import GradientMeter
+from distill_nlp.hub.publishing import PublishingTrainer
 from distill_nlp.labels import check_data_labels
 from distill_nlp.losses.base import IGNORE_INDEX, DistillationLoss
 from distill_nlp.modeling import DistillationModel, accepted_arguments
@@ -29,7 +30,7 @@ from distill_nlp.teacher import TEACHER_PREFIX, CachedTeacher, Teacher, bind_tea
 from distill_nlp.terms import FormulaPrinter, TermLog
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(PublishingTrainer):
     """Trains a student on a teacher's answers and features; used as any `Trainer`.
 
     `evaluate` and `predict` give the student's plain task loss and metrics; the teacher does not run. `save_model`

@@ -38,6 +38,7 @@ FLOORS = {
     "checkpoints": 3,
     "projections": 3,
     "gradient_meter": 3,
+    "hub": 3,
     "arguments": 4,
     "combinations": 4,
     "parameter_groups": 4,
@@ -50,6 +51,7 @@ FLOORS = {
     "cli_output": 7,
     "cli_results": 7,
     "cli_export": 7,
+    "cli_push": 5,
     "cli_settings": 5,
     "__main__": 7,
 }

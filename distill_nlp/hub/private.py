@@ -1,0 +1,111 @@
+"""What must not leave the machine: tokens, local paths, the user's name in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+SECRET_KEYS = re.compile(
+    r"^(?:.*(?:hub|hf|auth|access|api|bearer|session|security)_?)?token$|secret|password|api_?key|credential",
+    re.IGNORECASE,
+)
+"""Names of settings whose text is nobody else's business; `pad_token` and its like are another matter."""
+
+# A class may be named `reset_password` or `/people/person`.
+_NAMES_OF_CLASSES = ("id2label", "label2id", "label_names")
+
+# Of the Hub, GitHub and OpenAI: what is found in configs and environments.
+_TOKENS = re.compile(rb"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}|\b(?:ghp_|github_pat_|sk-)[A-Za-z0-9_-]{20,}")
+_HOMES = re.compile(rb"(?<![\w.-])/(?:home|Users)/[\w.-]+/|\b[A-Za-z]:\\{1,2}Users\\{1,2}[\w.-]+")
+
+
+class Private:
+    """Knows what is private here.
+
+    Args:
+        folders: of the model and its run; they and the home and working directories are not to be named.
+        tokens: that are in use.
+
+    Example:
+        >>> Private(["/srv/runs/a"], ["hf_abc"]).found_in(b'{"path": "/srv/runs/a/teacher"}')
+        'a local path'
+    """
+
+    def __init__(self, folders: Iterable[str | Path] = (), tokens: Iterable[str | None] = ()) -> None:
+        self.folders = [path for folder in folders for path in _spellings(folder)]
+        own = [path for folder in (Path.home(), Path.cwd()) for path in _spellings(folder)]
+        named = sorted({path for path in self.folders + own if len(path) > 1}, key=len, reverse=True)
+        inner = b"|".join(re.escape(path.encode()) for path in named)
+        # The whole of a path's part, so that /root is not found in /roots or in example.org/root.
+        self._paths = re.compile(rb"(?<![\w.-])(?:" + inner + rb")(?![\w.-])") if inner else None
+        self._tokens = [token.encode() for token in tokens if token]
+
+    def found_in(self, content: Any) -> str | None:
+        """What private thing is in these bytes (or in this memory map), in words; None where there is nothing."""
+        if any(content.find(token) >= 0 for token in self._tokens) or _TOKENS.search(content):
+            return "an access token"
+        if (self._paths and self._paths.search(content)) or _HOMES.search(content):
+            return "a local path"
+        return None
+
+    def scrubbed(self, value: Any, prefix: str = "") -> Any:
+        """Nested plain values without secrets, and with local paths cut down to what says nothing of this machine.
+
+        Args:
+            value: of dicts, lists and scalars.
+            prefix: before what is left of a path, to tell it from a name on the Hub.
+        """
+        if isinstance(value, dict):
+            kept = {k: v for k, v in value.items() if not (isinstance(v, str) and SECRET_KEYS.search(str(k)))}
+            return {k: v if k in _NAMES_OF_CLASSES else self.scrubbed(v, prefix) for k, v in kept.items()}
+        if isinstance(value, list):
+            return [self.scrubbed(item, prefix) for item in value]
+        return prefix + self.public_name(value) if isinstance(value, str) and is_local_path(value) else value
+
+    def public_name(self, path: str) -> str:
+        """A local path as others may see it: from the run's folder on, else its last part alone."""
+        for folder in sorted(self.folders, key=len, reverse=True):
+            if path.startswith(folder + "/"):
+                return path.removeprefix(folder + "/")
+        windows = "\\" in path
+        last = PureWindowsPath(path).name if windows else Path(path).name
+        return last if last not in ("", "..", "~", Path.home().name) and not last.startswith("~") else "local"
+
+    def clean_json(self, content: bytes, drop: Iterable[str] = ()) -> bytes:
+        """A JSON object scrubbed, without the keys `drop`; the same bytes where nothing changes.
+
+        Raises:
+            ValueError: it is no JSON.
+        """
+        value = json.loads(content)
+        cleaned = self.scrubbed(value)
+        if isinstance(cleaned, dict):
+            cleaned = {k: v for k, v in cleaned.items() if k not in set(drop)}
+        if cleaned == value:
+            return content
+        return (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def is_local_path(text: str) -> bool:
+    """Whether a text names a place on a machine: absolute, from the home directory, or up from here."""
+    if "\n" in text or len(text) < 2:
+        return False
+    up = text.startswith(("./", "../", "~/", "file:/"))
+    return up or (text.startswith("/") and text.count("/") > 1) or bool(re.match(r"[A-Za-z]:[\\/]", text))
+
+
+def hub_name(text: str | None) -> str | None:
+    """The text, where it is the id of something on the Hub: of that form, and no folder here."""
+    if text is None or not re.fullmatch(r"\w[\w.-]*(?:/[\w.-]+)?", text):
+        return None
+    return None if Path(text).expanduser().exists() or "--" in text or ".." in text else text
+
+
+def _spellings(folder: str | Path) -> list[str]:
+    """A folder as it was given, made absolute, and with its links resolved."""
+    path = Path(folder).expanduser()
+    return sorted({os.path.abspath(path), os.path.realpath(path)})

@@ -1,0 +1,555 @@
+"""`distill-nlp push`, the real Hub client, a loopback server: what arrives, what stays, what fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TOPICS, make_student, make_teacher, make_tokenizer, write_rows_of_several_labels
+from hub_server import HubServer
+from huggingface_hub import ModelCard, constants
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from distill_nlp.cli import main
+from distill_nlp.hub import client
+
+TOKEN = "hf_" + "Zq9" * 12
+REPO = "tester/tiny-student"
+LABELS = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+MODEL_FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server that the client in this process takes for the Hub; waits are noted instead of waited for."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with HubServer(token=TOKEN) as server:
+        server.waits = []
+        monkeypatch.setattr("time.sleep", server.waits.append)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        # Made of the endpoint when the client was imported.
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
+
+
+def save_student(folder: Path, **changes) -> Path:
+    make_student(**(LABELS | changes)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+FINGERPRINT = {"seed": 0, "data": {"max_length": 16}, "training": {"learning_rate": 0.01, "max_steps": 3}}
+
+
+def write_run(run: Path, seeds=(0,), validation=(0.75,)) -> Path:
+    """A finished run as far as a push reads it, with a report on its students."""
+    models = {}
+    for seed, accuracy in zip(seeds, validation, strict=True):
+        folder = save_student(run / "student" / f"seed-{seed}", seed=seed)
+        fingerprint = FINGERPRINT | {"seed": seed}
+        record = {"stage": f"student, seed {seed}", "fingerprint": fingerprint, "objective": "0.3·ce + 0.7·kl(T=2)"}
+        record |= {"steps": 3, "validation": {"accuracy": accuracy, "f1_macro": 0.5}, "versions": {"torch": "2.13"}}
+        (folder / "stage.json").write_text(json.dumps(record))
+        models[f"student-{seed}"] = fingerprint
+
+    def measured(value):
+        per_seed = {str(s): {"path": str(run / f"student/seed-{s}"), "accuracy": value + s / 100} for s in seeds}
+        speed = {"parameters": 1000, "size_mb": 0.1, "latency_ms": {"p50": 1.0, "p95": 2.0}, "throughput": 10.0}
+        summary = {key: {"mean": value, "sd": None} for key in ("accuracy", "f1_macro", "agreement")}
+        for entry in per_seed.values():
+            entry |= {"f1_macro": value, "agreement": 0.9}
+        return {"seeds": per_seed, **summary, **speed}
+
+    teacher = {k: v for k, v in measured(0.9).items() if k not in ("seeds", "agreement")}
+    teacher |= {"path": str(run / "teacher"), "accuracy": 0.9, "f1_macro": 0.9}
+    report = {
+        "schema_version": 1,
+        "metric": "accuracy",
+        "test_rows": 16,
+        "label_names": ["bad", "good"],
+        "models": {"teacher": teacher, "baseline": measured(0.7), "student": measured(0.8125)},
+        "comparison": {
+            "difference": {"value": 0.1125, "interval": [0.01, 0.2]},
+            "retention": {"value": 0.9, "interval": [0.8, 1.0]},
+            "gap_closed": {"value": 0.5, "interval": None},
+            "accuracy_intervals": {"teacher": [0.8, 0.95], "baseline": [0.6, 0.8], "student": [0.7, 0.9]},
+            "mcnemar": {"seeds": {str(s): {"student_only": 3, "baseline_only": 1, "p_value": 0.6} for s in seeds}},
+        },
+        "machine": {"device": "cpu", "name": "Some CPU", "cores": 2, "threads": 1},
+        "run": {"dataset": "/srv/private/reviews", "stages": {}, "versions": {}, "fingerprint": {"models": models}},
+    }
+    (run / "report.json").write_text(json.dumps(report))
+    (run / "report.md").write_text(f"# Report of {run}/student\n")
+    experiment = {
+        "output_dir": str(run),
+        "seeds": list(seeds),
+        "data": {"dataset": "/srv/private/reviews"},
+        "teacher": {"model": "google-bert/bert-base-uncased"},
+        "student": {"from_teacher": {"layers": 2}},
+        "losses": {"kl": {"weight": 0.7}},
+        "training": {"hub_token": TOKEN, "logging_dir": str(run / "logs")},
+    }
+    (run / "config.json").write_text(json.dumps(experiment))
+    return run
+
+
+def push(model, *more: str, repo: str = REPO) -> int:
+    return main(["push", str(model), "--repo-id", repo, *more])
+
+
+def test_what_was_pushed_is_pulled_again_and_gives_the_same_logits(hub, tmp_path, capsys):
+    student = save_student(tmp_path / "student")
+    assert push(student) == 0
+    assert capsys.readouterr().out.strip() == f"{hub.url}/{REPO}/commit/0123456789abcdef0123456789abcdef01234567"
+    assert hub.private == {REPO: True}
+    assert set(hub.files[REPO]) == MODEL_FILES
+    assert hub.count("PUT /lfs/") == 1  # the weights, by LFS
+    assert len(hub.commits) == 1
+    pulled = AutoModelForSequenceClassification.from_pretrained(REPO, cache_dir=tmp_path / "cache").eval()
+    tokens = AutoTokenizer.from_pretrained(REPO, cache_dir=tmp_path / "cache")("w4 w20 w9", return_tensors="pt")
+    tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    original = AutoModelForSequenceClassification.from_pretrained(student).eval()
+    with torch.no_grad():
+        assert torch.equal(pulled(**tokens).logits, original(**tokens).logits)
+    assert pulled.config.id2label == LABELS["id2label"]
+
+
+def test_sharded_weights_are_pushed_by_their_index_and_nothing_that_it_does_not_name(hub, tmp_path):
+    student = tmp_path / "student"
+    make_student(**LABELS).save_pretrained(student, max_shard_size="20KB")
+    make_tokenizer().save_pretrained(student)
+    shards = {path.name for path in student.glob("model-*.safetensors")}
+    assert len(shards) > 1
+    shutil.copy(student / min(shards), student / "model-00009-of-00009.safetensors")
+    assert push(student) == 0
+    assert set(hub.files[REPO]) == MODEL_FILES - {"model.safetensors"} | shards | {"model.safetensors.index.json"}
+    AutoModelForSequenceClassification.from_pretrained(REPO, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("flag", ["--private", "--public"])
+def test_a_repository_is_as_visible_as_it_was_asked_for(hub, tmp_path, flag):
+    assert push(save_student(tmp_path / "student"), flag) == 0
+    assert hub.private == {REPO: flag == "--private"}
+
+
+def test_a_private_student_is_not_pushed_into_a_public_repository(hub, tmp_path, capsys):
+    student = save_student(tmp_path / "student")
+    assert push(student, "--public") == 0
+    assert push(student) == 2
+    assert "was there already, and is public: give --public" in capsys.readouterr().err
+    assert len(hub.commits) == 1
+
+
+def test_branch_and_message(hub, tmp_path):
+    assert push(save_student(tmp_path / "student"), "--revision", "v2", "--message", "Second try") == 0
+    assert hub.files[REPO] == {}
+    assert set(hub.files[f"{REPO}@v2"]) == MODEL_FILES
+    assert (hub.commits[0]["revision"], hub.commits[0]["summary"]) == ("v2", "Second try")
+    assert push(tmp_path / "student", "--revision", "v2") == 0  # the branch is there already
+
+
+def test_the_same_student_again_makes_no_second_commit(hub, tmp_path):
+    student = save_student(tmp_path / "student")
+    assert push(student) == push(student) == 0
+    assert len(hub.commits) == 1
+
+
+# ---- what never leaves ----
+
+
+def plant(run: Path) -> None:
+    """What training, launchers and earlier versions leave beside a student, with a token and a path in it."""
+    secret = f"{TOKEN} {run} /home/alice/secrets\n"
+    student = run / "student" / "seed-0"
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "objective.safetensors", "notes.txt"):
+        (student / name).write_text(secret)
+    for name in ("training_log.json", "model-secret.safetensors", ".env", "README.md", "modeling_own.py", "events.out"):
+        (student / name).write_text(secret)
+    (student / "checkpoint-3").mkdir()
+    (student / "checkpoint-3" / "model.safetensors").write_text(secret)
+    for name in ("teacher/model.safetensors", "teacher_cache/part.bin", "predictions.npz"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text(secret)
+    config = json.loads((student / "config.json").read_text())
+    config |= {
+        "_name_or_path": str(run / "backbone"),
+        "resume_from": str(run / "x"),
+        "hub_token": TOKEN,
+        "WANDB_API_KEY": "a1",
+    }
+    (student / "config.json").write_text(json.dumps(config))
+    settings = json.loads((student / "tokenizer_config.json").read_text())
+    settings |= {"name_or_path": "/home/alice/models/bert", "special_tokens_map_file": "/home/alice/map.json"}
+    (student / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_a_planted_token_and_path_are_in_no_byte_that_the_server_received(hub, tmp_path):
+    run = write_run(tmp_path / "run")
+    plant(run)
+    assert push(run, "--include-report") == 0
+    assert set(hub.files[REPO]) == MODEL_FILES | {"report.md", "report.json"}
+    everything = hub.all_bytes
+    assert b"tiny-student" in everything
+    for secret in (TOKEN, str(tmp_path), "/home/alice", "/srv/private"):
+        assert secret.encode() not in everything, secret
+    config = json.loads(hub.files[REPO]["config.json"])
+    assert "_name_or_path" not in config
+    assert "hub_token" not in config
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+    assert "WANDB_API_KEY" not in config
+    assert config["resume_from"] == "x"
+    tokenizer = json.loads(hub.files[REPO]["tokenizer_config.json"])
+    assert tokenizer["pad_token"] == "[PAD]"
+    assert "name_or_path" not in tokenizer
+    assert json.loads(hub.files[REPO]["report.json"])["models"]["teacher"]["path"] == "teacher"
+    AutoTokenizer.from_pretrained(REPO, cache_dir=tmp_path / "cache")
+
+
+def test_names_of_classes_are_not_taken_for_secrets_or_paths(hub, tmp_path):
+    names = ["reset_password", "/people/person/token"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    assert push(save_student(tmp_path / "student", **labels)) == 0
+    config = json.loads(hub.files[REPO]["config.json"])
+    assert config["id2label"] == {"0": "reset_password", "1": "/people/person/token"}
+    assert config["label2id"] == labels["label2id"]
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("vocab.txt", TOKEN),
+        ("merges.txt", "#version\n/home/alice/models/bert x"),
+        ("special_tokens_map.json", json.dumps({"note": f"see {Path.home()}/x"})),
+    ],
+)
+def test_what_cannot_be_cleaned_is_refused_by_name_and_not_shown(hub, tmp_path, capsys, name, secret):
+    student = save_student(tmp_path / "student")
+    (student / name).write_text(secret)
+    assert push(student) == 2
+    error = capsys.readouterr().err
+    assert f"{name} holds {'an access token' if secret == TOKEN else 'a local path'}" in error
+    assert TOKEN not in error
+    assert hub.calls == []
+
+
+def test_the_header_of_the_weights_is_looked_through(hub, tmp_path, capsys):
+    student = save_student(tmp_path / "student")
+    content = (student / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = {"format": "pt", "made_in": str(tmp_path / "student")}
+    new = json.dumps(header).encode()
+    (student / "model.safetensors").write_bytes(struct.pack("<Q", len(new)) + new + content[8 + length :])
+    assert push(student) == 2
+    assert "model.safetensors holds a local path" in capsys.readouterr().err
+
+
+def test_an_export_is_pushed_with_its_own_allow_list(hub, tmp_path, capsys):
+    student = save_student(tmp_path / "student")
+    assert push(student, "--include-onnx") == 2
+    assert "there is no ONNX export of" in capsys.readouterr().err
+    (student / "onnx").mkdir()
+    for name in ("model.onnx", "model.onnx_data", "tokenizer.json", "calibration.npz", "session.log"):
+        (student / "onnx" / name).write_text(json.dumps({"a": name}))
+    (student / "onnx" / "export.json").write_text(json.dumps({"source": str(student), "flips": 0}))
+    shutil.copytree(student / "onnx", tmp_path / "student-onnx-int8")
+    assert push(student, "--include-onnx") == 0
+    sent = {name for name in hub.files[REPO] if name.startswith("onnx")}
+    names = ("model.onnx", "model.onnx_data", "tokenizer.json", "export.json")
+    assert sent == {f"{folder}/{name}" for folder in ("onnx", "onnx-int8") for name in names}
+    assert str(tmp_path).encode() not in hub.all_bytes
+    assert "Exports for ONNX Runtime, with their tokenizer: onnx, onnx-int8." in hub.files[REPO]["README.md"].decode()
+
+
+# ---- the dry run and the card ----
+
+
+def test_a_dry_run_lists_what_would_be_sent_and_needs_neither_network_nor_token(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("distill_nlp.push.get_token", lambda: None)
+    run = write_run(tmp_path / "run", seeds=(0, 1), validation=(0.5, 0.75))
+    assert push(run, "--include-report", "--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert "student of seed 1: best validation accuracy (0.7500) of 2" in err
+    size = (run / "student" / "seed-1" / "model.safetensors").stat().st_size
+    assert f"would send to {REPO} (private):" in out
+    assert f"{size:,}  model.safetensors" in out
+    assert "report.json" in out
+    assert "bytes in 7 files" in out
+    assert "# tiny-student" in out
+
+
+def test_the_card_says_what_the_report_measured_of_this_student(hub, tmp_path):
+    run = write_run(tmp_path / "run", seeds=(0, 1), validation=(0.5, 0.75))
+    assert push(run, "--license", "apache-2.0", "--language", "en") == 0
+    (tmp_path / "README.md").write_bytes(hub.files[REPO]["README.md"])
+    card = ModelCard.load(tmp_path / "README.md")
+    data = card.data.to_dict()
+    assert (data["license"], data["language"], data["base_model"]) == (
+        "apache-2.0",
+        ["en"],
+        "google-bert/bert-base-uncased",
+    )
+    assert (data["pipeline_tag"], data["library_name"]) == ("text-classification", "transformers")
+    assert "datasets" not in data
+    (accuracy, f1) = card.data.eval_results
+    assert (accuracy.metric_type, accuracy.metric_value) == ("accuracy", 0.8225)  # of seed 1
+    assert accuracy.metric_args["interval_95"] == [0.7, 0.9]
+    assert accuracy.metric_args["mean_of_seeds"] == 0.8125
+    assert accuracy.dataset_name == "reviews"
+    assert (f1.metric_type, f1.metric_value) == ("f1", 0.8125)
+    assert "interval_95" not in f1.metric_args
+    for said in (
+        f'pipeline("text-classification", model="{REPO}")',
+        "0.3·ce + 0.7·kl(T=2)",
+        "This student on 16 test rows: accuracy 0.8225",
+        "| 95% interval | 0.8000 … 0.9500 | 0.6000 … 0.8000 | 0.7000 … 0.9000 |",
+        "| latency p50 / p95, batch 1 | 1.0 / 2.0 ms",
+        "Some CPU",
+        "The distilled student beats the plain baseline by 11.25 points.",
+        "at most 16 tokens",
+        "torch 2.13",
+        "distill-nlp run config.yaml",
+        "dataset: PATH/reviews",
+    ):
+        assert said in card.text, said
+    assert "hub_token" not in card.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.usefixtures("no_doctor")
+def test_the_card_of_a_real_run_has_the_figures_of_its_report(experiment, tmp_path, capsys, several):
+    changes = {"losses": {"kl": {}}}
+    if several:
+        write_rows_of_several_labels(tmp_path / "several")
+        backbone = tmp_path / "for-several"
+        make_teacher().bert.save_pretrained(backbone)
+        make_tokenizer().save_pretrained(backbone)
+        changes |= {"data__dataset": str(tmp_path / "several"), "data__label_column": "labels"}
+        changes |= {"data__label_names": list(TOPICS), "teacher__model": str(backbone)}
+    assert main(["run", str(experiment(**changes))]) == 0
+    capsys.readouterr()
+    assert push(tmp_path / "run", "--dry-run", "--include-report") == 0
+    out = capsys.readouterr().out
+    card = ModelCard(out[out.index("---\n") :])
+    measured = json.loads((tmp_path / "run" / "report.json").read_text())["models"]["student"]["seeds"]["0"]
+    wanted = {name: measured[name] for name in ("accuracy", "f1_macro", *(["f1_micro"] if several else []))}
+    assert {r.metric_name: r.metric_value for r in card.data.eval_results} == wanted
+    compared = "f1_macro" if several else "accuracy"
+    assert [r.metric_name for r in card.data.eval_results if "interval_95" in r.metric_args] == [compared]
+    assert "One seed" in card.text
+    assert str(tmp_path) not in out
+    assert "1·kl" in card.text
+
+
+@pytest.mark.parametrize("change", ["no report", "another student"])
+def test_without_a_report_on_this_student_the_card_has_no_figures(hub, tmp_path, change):
+    run = write_run(tmp_path / "run")
+    if change == "no report":
+        (run / "report.json").unlink()
+    else:
+        record = json.loads((run / "student/seed-0/stage.json").read_text())
+        record["fingerprint"]["training"]["learning_rate"] = 0.5
+        (run / "student/seed-0/stage.json").write_text(json.dumps(record))
+    assert push(run / "student" / "seed-0") == 0
+    card = ModelCard(hub.files[REPO]["README.md"].decode())
+    assert "model-index" not in card.data.to_dict()
+    assert ("There is no report" if change == "no report" else "is not on this student as it is now") in card.text
+    assert "0.8125" not in card.text
+    assert "license" not in card.data.to_dict()
+
+
+def test_names_from_data_stay_text_in_the_card(hub, tmp_path):
+    bad = "a|b\n---\nlicense: mit\n<script>alert(1)</script> [x](http://evil) `c` *d*"
+    labels = {"id2label": {0: bad, 1: "good"}, "label2id": {bad: 0, "good": 1}}
+    run = write_run(tmp_path / "run")
+    save_student(run / "student" / "seed-0", **labels)
+    experiment = json.loads((run / "config.json").read_text())
+    experiment["data"] |= {"dataset": "/data/x\n---\n```evil", "label_names": ["```\n# Injected", "good"]}
+    (run / "config.json").write_text(json.dumps(experiment))
+    assert push(run) == 0
+    card = ModelCard(hub.files[REPO]["README.md"].decode())
+    assert "license" not in card.data.to_dict()
+    assert "<script>" not in card.text
+    assert "[x](" not in card.text
+    before, _, settings = card.text.partition("````yaml\n")
+    assert "Injected" not in before
+    assert "\n````\n" in settings
+
+
+def test_several_labels_are_told_in_the_card(hub, tmp_path):
+    student = save_student(tmp_path / "student", problem_type="multi_label_classification")
+    assert push(student) == 0
+    text = hub.files[REPO]["README.md"].decode()
+    assert "each of which may apply or not" in text
+    assert "top_k=None" in text
+
+
+# ---- what fails ----
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "headers", "waits"),
+    [
+        ("POST /api/repos/create", 500, {}, [1.0]),
+        ("POST /api/repos/create", "drop", {}, [1.0]),
+        ("POST /api/repos/create", "late", {}, [1.0]),
+        ("POST /api/validate-yaml", 503, {}, [1.0]),
+        ("/preupload/", 429, {"Retry_After": "7"}, [8.0]),
+        ("/lfs/objects/batch", 500, {}, [1.0]),
+        ("PUT /lfs/", 500, {}, [1.0]),
+        ("PUT /lfs/", "drop", {}, [1.0]),
+        ("POST /lfs/verify", 502, {}, [1.0]),
+        ("/commit/", 429, {"Retry_After": "9"}, [9.0]),
+        ("/commit/", 500, {}, [1.0]),
+        ("/commit/", "drop", {}, [1.0]),
+        ("/commit/", "late", {}, [1.0]),
+    ],
+)
+def test_a_passing_failure_is_waited_for_and_the_push_goes_on(hub, tmp_path, where, kind, headers, waits):
+    hub.fail(where, kind, times=1, **headers)
+    assert push(save_student(tmp_path / "student")) == 0
+    assert hub.waits == waits
+    assert set(hub.files[REPO]) == MODEL_FILES
+    assert len(hub.commits) == 1
+    # What has arrived is not sent again.
+    assert len(hub.blobs) == 1
+    assert hub.count("PUT /lfs/") == (2 if where == "PUT /lfs/" else 1)
+
+
+def test_waits_double_and_after_the_last_try_there_is_one_line(hub, tmp_path, capsys):
+    hub.fail("/commit/", 500, times=99)
+    assert push(save_student(tmp_path / "student")) == 1
+    assert hub.waits == [1.0, 2.0, 4.0]
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: the Hub failed with status 500 after several tries")
+    assert "Traceback" not in "".join(error)
+    assert hub.files[REPO] == {}
+    hub.failures.clear()
+    assert push(tmp_path / "student") == 0  # goes on: the weights are there
+    assert hub.count("PUT /lfs/") == 1
+
+
+def test_a_wait_that_is_too_long_is_left_to_the_user(hub, tmp_path, capsys):
+    hub.fail("/commit/", 429, times=99, Retry_After="4000")
+    assert push(save_student(tmp_path / "student")) == 1
+    assert hub.waits == []
+    assert "status 429" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (401, 2, "does not know this token"),
+        (403, 2, f"may not write to {REPO}"),
+        (404, 2, "the Hub finds no tester/tiny-student"),
+        (409, 1, "changed by someone else"),
+        (413, 2, "too large"),
+    ],
+)
+def test_a_refusal_is_one_line_and_not_tried_again(hub, tmp_path, capsys, status, code, said):
+    hub.fail("/commit/", status, times=99)
+    assert push(save_student(tmp_path / "student")) == code
+    assert said in capsys.readouterr().err
+    assert hub.count("/commit/") == 1
+
+
+def test_another_owner_and_a_wrong_token(hub, tmp_path, monkeypatch, capsys):
+    student = save_student(tmp_path / "student")
+    assert push(student, repo="someone/else") == 2
+    assert "may not write to someone/else" in capsys.readouterr().err
+    wrong = tmp_path / "token"
+    wrong.write_text("hf_wrong_but_well_formed\n")
+    assert push(student, "--token-file", str(wrong)) == 2
+    error = capsys.readouterr().err
+    assert "does not know this token" in error
+    assert "hf_wrong" not in error
+    wrong.write_text(f"{TOKEN}\n")
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert push(student, "--token-file", str(wrong)) == 0
+
+
+def test_without_a_network_there_is_one_line(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert push(save_student(tmp_path / "student")) == 1
+    assert "the Hub at http://127.0.0.1:9 was not reached" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert push(tmp_path / "student") == 2
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+def test_where_xet_fails_the_weights_go_by_lfs(hub, tmp_path, monkeypatch, capsys):
+    import huggingface_hub._commit_api as api
+
+    def broken(**arguments):
+        raise RuntimeError("CAS service unreachable")
+
+    monkeypatch.setattr(api, "is_xet_available", lambda: True)
+    monkeypatch.setattr(api, "_upload_xet_files", broken)
+    assert push(save_student(tmp_path / "student")) == 0
+    assert "trying LFS" in capsys.readouterr().err
+    assert hub.count("PUT /lfs/") == 1
+    assert set(hub.files[REPO]) == MODEL_FILES
+
+
+@pytest.mark.parametrize("repo", ["tiny", "a/b/c", "tester/-x", "tester/a..b", "tester/x.git", "te ster/x", ""])
+def test_an_unusable_repository_name(hub, tmp_path, capsys, repo):
+    assert push(save_student(tmp_path / "student"), repo=repo) == 2
+    assert "--repo-id" in capsys.readouterr().err
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("content", ["", "two words", "line\nline", "hf_ünïcode"])
+def test_a_file_without_a_usable_token_is_refused_without_showing_it(hub, tmp_path, capsys, content):
+    (tmp_path / "token").write_text(content, encoding="utf-8")
+    student = save_student(tmp_path / "student")
+    assert push(student, "--token-file", str(tmp_path / "token")) == 2
+    error = capsys.readouterr().err
+    assert "token" in error
+    assert not content or content.split()[0] not in error
+    assert hub.calls == []
+
+
+def test_no_token_at_all(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    assert push(save_student(tmp_path / "student")) == 2
+    assert "there is no token" in capsys.readouterr().err
+    assert push(tmp_path / "student", "--token-file", str(tmp_path / "none")) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_folders_that_hold_no_finished_student(hub, tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+
+    def refused(path, said):
+        assert push(path) == 2
+        assert said in capsys.readouterr().err, path
+
+    refused(tmp_path / "nowhere", "there is no folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "holds no model")
+    shutil.copytree(run / "student/seed-0", run / "teacher")
+    (run / "teacher/stage.json").write_text(json.dumps({"stage": "teacher"}))
+    refused(run / "teacher", "is no student, but: teacher")
+    shutil.copytree(run / "student/seed-0", run / "student/seed-0-phase-1")
+    refused(run / "student/seed-0-phase-1", "is a phase on the way to")
+    config = json.loads((run / "student/seed-0/config.json").read_text())
+    (run / "student/seed-0/config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    refused(run / "student/seed-0", "holds no text classifier")
+    (run / "student/seed-0").rename(run / "student/seed-0.partial")
+    refused(run, "has no finished student yet")
+    refused(run / "student/seed-0.partial", "is not finished")
+    assert hub.calls == []
+
+
+def test_the_tries_are_as_many_as_documented():
+    assert client.TRIES == 4
