@@ -12,7 +12,8 @@ import pytest
 from helpers import make_student, make_teacher, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+# The server is run by test_serving.py.
+EXAMPLES = sorted({path.name for path in (ROOT / "examples").glob("*.py")} - {"serve_onnx.py"})
 
 
 def local_imdb(folder: Path) -> list[str]:
