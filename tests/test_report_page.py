@@ -180,6 +180,15 @@ def test_the_page_has_all_its_parts(html):
     assert "#0102" not in html
 
 
+def test_a_folder_of_data_is_named_without_its_path_and_an_id_is_whole(tmp_path):
+    report = with_run(make_report(), tmp_path)
+    for dataset, shown in [(str(tmp_path / "reviews"), "reviews"), ("stanfordnlp/imdb", "stanfordnlp/imdb")]:
+        report["run"]["dataset"] = dataset
+        page = render_page(report, tmp_path)
+        assert f"<title>{shown}: distill-nlp report</title>" in page
+        assert str(tmp_path) not in page
+
+
 def test_nothing_is_said_of_energy_that_was_not_read(tmp_path):
     report = with_run(make_report(), tmp_path)
     for stage in report["run"]["stages"].values():

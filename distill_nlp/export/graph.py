@@ -103,8 +103,18 @@ def _example(names: list[str]) -> dict[str, torch.Tensor]:
 
 
 def _tidy(graph: Any) -> None:
-    """Gives the axes their names, and drops shapes of inner values, which the quantizer finds contradictory."""
+    """Gives the axes their names, and drops what nobody runs: shapes of inner values, which the quantizer finds
+    contradictory, and the exporter's notes on each node, which hold paths of this machine.
+    """
     del graph.graph.value_info[:]
+    graph.doc_string = graph.graph.doc_string = ""
+    parts = [graph, graph.graph, *graph.functions]
+    for part in (graph.graph, *graph.functions):
+        parts += part.node
+    parts += [*graph.graph.initializer, *graph.graph.input, *graph.graph.output]
+    for part in parts:
+        del part.metadata_props[:]
+        part.ClearField("doc_string")
     for value in (*graph.graph.input, *graph.graph.output):
         for dimension, name in zip(value.type.tensor_type.shape.dim, ("batch", "sequence"), strict=False):
             if not dimension.HasField("dim_value"):

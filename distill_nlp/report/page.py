@@ -40,7 +40,7 @@ def render_page(report: dict[str, Any], folder: Path) -> str:
     """
     stages = report.get("run", {}).get("stages", {})
     panels = read_panels(folder, stages, metric_of(report)) if plots.is_available() else []
-    dataset = report.get("run", {}).get("dataset")
+    dataset = _data_name(report.get("run", {}).get("dataset"))
     parts = [
         f"<h1>{_e(verdict(report))}</h1>",
         f'<p class="quiet">{_e(f"{dataset}: " if dataset else "")}{_e(title_of(report))}</p>',
@@ -64,6 +64,14 @@ def render_page(report: dict[str, Any], folder: Path) -> str:
         f"<body>\n<main>\n{chr(10).join(part for part in parts if part)}\n</main>\n<script>\n{script}</script>\n"
         "</body>\n</html>\n"
     )
+
+
+def _data_name(dataset: str | None) -> str | None:
+    """An id on the Hub as it is, a folder by its name: where it lies is nobody's business who is shown the page."""
+    if dataset is None:
+        return None
+    path = Path(dataset).expanduser()
+    return path.resolve().name if path.is_absolute() or path.exists() else dataset
 
 
 def _e(value: Any) -> str:
