@@ -25,9 +25,13 @@ class Fingerprints:
     def __init__(self, experiment: Experiment, materials: Materials) -> None:
         self.experiment = experiment
         self.materials = materials
+
+    @cached_property
+    def launch(self) -> Fingerprint:
+        """What a launcher decides: it changes the results as a setting does."""
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        # What a launcher decides: it changes the results as a setting does.
-        self.launch: Fingerprint = {"processes": PartialState().num_processes, "mixed_precision": precision}
+        # Not before training arguments were made, which set up the processes.
+        return {"processes": PartialState().num_processes, "mixed_precision": precision}
 
     def trust_launch_of(self, finished: Path) -> None:
         """Takes the launch that a finished stage was made under for one's own, to look at its results."""

@@ -240,8 +240,13 @@ def test_an_interrupt_from_the_keyboard_keeps_what_was_computed(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     teacher.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        cached(tmp_path, teacher, data, states=[(4, "first")], batch_size=2)
+    # A job in the background of a shell inherits that the signal is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cached(tmp_path, teacher, data, states=[(4, "first")], batch_size=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     teacher, seen = counted(make_teacher())
     rows, _ = cached(tmp_path, teacher, data, states=[(4, "first")], batch_size=2)
     # Of the four batches before, the last one's answer was on its way.
