@@ -19,6 +19,7 @@ demo: install
 	$(BIN)/distill-nlp run configs/quickstart.yaml --output_dir runs/quickstart
 	$(BIN)/distill-nlp export runs/quickstart/student/seed-0 --quantize int8 --data synthetic \
 		--teacher runs/quickstart/teacher
+	$(BIN)/distill-nlp report runs/quickstart
 
 test: install
 	$(BIN)/python -m pytest

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from distill_nlp.cli_settings import positive
+
+if TYPE_CHECKING:
+    from distill_nlp.export import ExportSettings
 
 
 def add_export(commands: Any) -> argparse.ArgumentParser:
@@ -73,3 +77,13 @@ def run_export(known: argparse.Namespace) -> None:
     record = export_model(settings, lambda line: print(line, file=sys.stderr, flush=True))
     Console().print(terminal_table(record))
     print(f"written to {settings.folder}")
+    if (run := _run_of(settings)) is not None:
+        print(f"distill-nlp report {run} shows it beside the student")
+
+
+def _run_of(settings: ExportSettings) -> Path | None:
+    """The run whose report looks for this export, if there is one."""
+    model = Path(settings.model).expanduser()
+    run, beside = model.parent.parent, settings.folder.parent == model.parent
+    looked_for = beside and model.parent.name == "student" and settings.folder.name.startswith(f"{model.name}-")
+    return run if looked_for and (run / "report.json").is_file() else None

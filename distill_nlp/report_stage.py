@@ -19,6 +19,7 @@ from distill_nlp.report import (
     can_plot,
     machine,
     read_earlier,
+    read_exports,
     read_rows,
     write_report,
 )
@@ -85,6 +86,8 @@ class ReportStage:
             rows=read_rows(test, tokens, materials.tokenizer),
             earlier=known,
         )
+        if exports := read_exports(folders["student"]):
+            report["exports"] = exports
         report["run"] = {
             "dataset": self.experiment.data.dataset,
             "stages": self._stage_records(),

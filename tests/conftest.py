@@ -12,6 +12,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import helpers
 import pytest
 import yaml
+from hub_server import TOKEN, HubServer
+from huggingface_hub import constants
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -107,3 +109,19 @@ def no_doctor(monkeypatch):
     """`run` without its examination, which would rightly stop at teachers of random weights."""
     for name in ("examine", "examine_teachers"):
         monkeypatch.setattr(f"distill_nlp.pipeline.{name}", lambda *arguments: [])
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server that the client in this process takes for the Hub."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with HubServer(token=TOKEN) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        # Made of the endpoint when the client was imported.
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server

@@ -15,6 +15,8 @@ from urllib.parse import unquote, urlparse
 
 import yaml
 
+TOKEN = "hf_" + "Zq9" * 12
+"""Of the tests: it must turn up nowhere."""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LFS_SUFFIXES = (".safetensors", ".onnx", ".bin", ".pt")
 

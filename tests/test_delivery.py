@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
-from huggingface_hub import constants, snapshot_download
-from test_push import TOKEN
+from hub_server import TOKEN
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill_nlp.cli import main
@@ -20,21 +19,6 @@ from distill_nlp.onnx_model import load_for_inference
 REPO = "tester/delivered"
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A server that the client in this process takes for the Hub."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with HubServer(token=TOKEN) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield server
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_doctor")
 def test_a_run_is_reported_exported_compared_pushed_and_pulled(hub, experiment, tmp_path, capsys):
@@ -42,8 +26,14 @@ def test_a_run_is_reported_exported_compared_pushed_and_pulled(hub, experiment, 
     student = str(run / "student" / "seed-0")
     assert main(["run", str(experiment())]) == 0
     assert "<script" in (run / "report.html").read_text()
-    assert main(["export", student, "--quantize", "int8", "--data", data, "--no-speed", "--max_flips", "0.5"]) == 0
-    capsys.readouterr()
+    export = ["--quantize", "int8", "--data", data, "--teacher", str(run / "teacher"), "--max_flips", "0.5"]
+    assert main(["export", student, *export]) == 0
+    assert f"distill-nlp report {run} shows it beside the student" in capsys.readouterr().out
+    assert main(["report", str(run)]) == 0
+    assert "seed 0, ONNX int8" in capsys.readouterr().out
+    (exported,) = json.loads((run / "report.json").read_text())["exports"]
+    assert exported["speed"]["times_teacher"] > 0
+    assert all("seed 0, ONNX int8" in (run / name).read_text() for name in ("report.md", "report.html"))
     assert main(["compare", student, student + "-onnx-int8", "--data", data, "--json"]) == 0
     compared = json.loads(capsys.readouterr().out)["models"]
     measured = json.loads((run / "report.json").read_text())["models"]["student"]["seeds"]["0"]

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 
-TOKEN = "hf_" + "Zq9" * 12
 REPO = "tester/tiny-student"
 STUDENT = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 SETTINGS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "hub_model_id": REPO}

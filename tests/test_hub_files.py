@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from hub_server import TOKEN
 
 from distill_nlp.hub.card import CardFacts, fenced, markdown, model_card
 from distill_nlp.hub.files import student_files
 from distill_nlp.hub.private import Private, hub_name, is_local_path
-
-TOKEN = "hf_" + "Zq9" * 12
 
 
 @pytest.mark.parametrize(

@@ -10,35 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TOPICS, make_student, make_teacher, make_tokenizer, write_rows_of_several_labels
-from hub_server import HubServer
+from hub_server import TOKEN
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill_nlp.cli import main
 from distill_nlp.hub import client
 
-TOKEN = "hf_" + "Zq9" * 12
 REPO = "tester/tiny-student"
 LABELS = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
 MODEL_FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A server that the client in this process takes for the Hub; waits are noted instead of waited for."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with HubServer(token=TOKEN) as server:
-        server.waits = []
-        monkeypatch.setattr("time.sleep", server.waits.append)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        # Made of the endpoint when the client was imported.
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield server
+def hub(hub, monkeypatch):
+    """Waits are noted instead of waited for."""
+    hub.waits = []
+    monkeypatch.setattr("time.sleep", hub.waits.append)
+    return hub
 
 
 def save_student(folder: Path, **changes) -> Path:

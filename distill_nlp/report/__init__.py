@@ -3,6 +3,7 @@
 from distill_nlp.report.build import build_report, machine
 from distill_nlp.report.earlier import REPORT_FILE, read_earlier
 from distill_nlp.report.evaluation import ReportTeacher
+from distill_nlp.report.exports import read_exports
 from distill_nlp.report.page import NO_PLOTS
 from distill_nlp.report.plots import is_available as can_plot
 from distill_nlp.report.render import terminal_table
@@ -20,6 +21,7 @@ __all__ = [
     "can_plot",
     "machine",
     "read_earlier",
+    "read_exports",
     "read_rows",
     "render_markdown",
     "terminal_table",

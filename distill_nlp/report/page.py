@@ -16,6 +16,7 @@ from distill_nlp.report.curves import Panel, read_panels
 from distill_nlp.report.details import class_rows, detail_rows, machine_line, slice_rows, stage_rows
 from distill_nlp.report.explorer import listed
 from distill_nlp.report.explorer_page import explorer
+from distill_nlp.report.exports import HEAD, NOTE, export_rows
 from distill_nlp.report.quality import CALIBRATION_BINS
 from distill_nlp.report.render import (
     COLUMNS,
@@ -47,6 +48,7 @@ def render_page(report: dict[str, Any], folder: Path) -> str:
         _tiles(report),
         "" if plots.is_available() else f'<p class="quiet">{_e(NO_PLOTS)}.</p>',
         *_scores(report),
+        *_exports(report),
         *_calibration(report),
         *_classes(report),
         *_slices(report),
@@ -115,6 +117,13 @@ def _scores(report: dict[str, Any]) -> list[str]:
     lines = "".join(f"<li>{_e(line)}</li>" for line in summary_lines(report))
     rows = [*table_rows(report), *detail_rows(report)]
     return ["<h2>Scores and costs</h2>", _table(["", *COLUMNS], rows), f"<ul>{lines}</ul>"]
+
+
+def _exports(report: dict[str, Any]) -> list[str]:
+    rows = export_rows(report)
+    if not rows:
+        return []
+    return ["<h2>Exports</h2>", _table(HEAD, rows, "fit stages"), f'<p class="quiet">{_e(NOTE)}</p>']
 
 
 def _first(report: dict[str, Any], kind: str) -> dict[str, Any]:

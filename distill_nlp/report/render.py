@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from distill_nlp.report.exports import export_rows
+
 COLUMNS = ("teacher", "baseline", "student")
 # By the metric that models are compared by: what is shown of them, in this order.
 _SHOWN = {
@@ -85,6 +87,7 @@ def terminal_table(report: dict[str, Any]) -> Any:
     for row in table_rows(report):
         table.add_row(*(Text(cell) for cell in row))
     lines = [Text(line) for line in summary_lines(report)]
+    lines += [Text(f"{what}: {'; '.join(rest)}") for what, *rest in export_rows(report)]
     return Group(table, *lines, Text(verdict(report), style="bold"))
 
 

@@ -218,6 +218,40 @@ class Run(Part):
     fingerprint: dict[str, Any]
 
 
+class OfExport(Part):
+    """A figure of the student in PyTorch, and of its export."""
+
+    student: float
+    export: float
+
+
+class ExportSpeed(Part):
+    """Throughput in rows per second, and as so many times that of student and teacher in PyTorch."""
+
+    latency_ms: Latency
+    throughput: float
+    batch_size: int
+    times_student: float
+    times_teacher: float | None
+    machine: Machine
+
+
+class Export(Part):
+    """An exported student beside its original, on rows of its own."""
+
+    seed: int
+    name: str
+    numbers: Literal["fp32", "fp16", "int8"]
+    source: str
+    rows: int
+    flips: int = Field(description="rows with another label")
+    max_difference: float = Field(description="of two logits")
+    metric: Literal["accuracy", "f1_macro"] | None = None
+    score: OfExport | None = None
+    size_mb: OfExport
+    speed: ExportSpeed | None = None
+
+
 class Report(Part):
     """report.json.
 
@@ -235,6 +269,7 @@ class Report(Part):
     comparison: Comparison
     machine: Machine
     slices: list[Slice] | None = None
+    exports: list[Export] | None = None
     run: Run | None = None
 
     @model_validator(mode="after")
