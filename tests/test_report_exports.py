@@ -8,7 +8,7 @@ import pytest
 from helpers import make_student, make_tokenizer
 
 from distill_nlp.loading import checkpoint_print
-from distill_nlp.report.exports import HEAD, export_rows, read_exports
+from distill_nlp.report.exports import export_head, export_rows, read_exports
 from distill_nlp.report.schema import Export
 
 LATENCY = {"p50": 1.5, "p95": 2.0, "p99": 2.5}
@@ -56,7 +56,7 @@ def lay_export(student, name="onnx-int8", **changes):
 
 
 def shown(student):
-    return export_rows({"exports": read_exports({3: student})})
+    return dict(export_rows({"exports": read_exports({3: student})}))
 
 
 def test_an_export_is_shown_beside_its_student_and_its_teacher(student):
@@ -64,17 +64,18 @@ def test_an_export_is_shown_beside_its_student_and_its_teacher(student):
     (found,) = read_exports({3: student})
     assert Export.model_validate(found).speed.times_teacher == 10
     assert found["name"] == "seed-3-onnx-int8"
-    assert shown(student) == [
-        (
-            "seed 3, ONNX int8",
-            "accuracy 0.8500 → 0.8475",
-            "7 of 4,000 rows (data, test)",
-            "20.0 MB (4.0× smaller)",
-            "1.5 ms",
-            "500/s (2.5× the student, 10.0× the teacher)",
-        )
-    ]
-    assert len(HEAD) == len(shown(student)[0])
+    assert export_head({"exports": [found]}) == ["", "seed 3, ONNX int8"]
+    assert shown(student) == {
+        "accuracy of the student": "0.8500",
+        "accuracy of the export": "0.8475",
+        "rows with another label": "7 of 4,000",
+        "rows": "data, test",
+        "size of the weights": "80.0 → 20.0 MB",
+        "latency p50, batch 1": "1.5 ms",
+        "throughput": "500/s",
+        "  against the student": "2.5×",
+        "  against the teacher": "10.0×",
+    }
 
 
 def test_what_was_not_measured_is_not_claimed(student):
@@ -83,20 +84,28 @@ def test_what_was_not_measured_is_not_claimed(student):
     for key in ("metric", "original", "exported"):
         del record["parity"][key]
     (folder / "export.json").write_text(json.dumps(record))
-    (cells,) = shown(student)
-    assert (cells[1], *cells[4:]) == ("no labels", "not timed", "not timed")
+    found = shown(student)
+    assert {found[f"accuracy of the {which}"] for which in ("student", "export")} == {"no labels"}
+    assert [title for title, cell in found.items() if cell == "not timed"] == [
+        "latency p50, batch 1",
+        "throughput",
+        "  against the student",
+        "  against the teacher",
+    ]
 
 
 def test_without_a_teacher_times_are_those_of_the_student(student):
     record = json.loads((lay_export(student) / "export.json").read_text())
     del record["speed"]["teacher"]
     (student.with_name("seed-3-onnx-int8") / "export.json").write_text(json.dumps(record))
-    assert shown(student)[0][-1] == "500/s (2.5× the student)"
+    assert shown(student)["  against the student"] == "2.5×"
+    assert shown(student)["  against the teacher"] == "not timed"
 
 
 def test_macro_f1_is_called_by_its_name(student):
     lay_export(student, parity={"metric": "f1_macro"})
-    assert shown(student)[0][1] == "macro-F1 0.8500 → 0.8475"
+    rows = export_rows({"metric": "f1_macro", "exports": read_exports({3: student})})
+    assert rows[0] == ("macro-F1 of the student", "0.8500")
 
 
 def test_several_exports_of_several_seeds_stand_in_order(student):
@@ -127,4 +136,4 @@ def test_an_export_that_is_not_of_this_student_or_torn_is_left_out(student, chan
 
 def test_a_run_without_exports_has_none(student):
     assert read_exports({3: student}) == []
-    assert export_rows({}) == []
+    assert export_rows({}) == export_head({}) == []

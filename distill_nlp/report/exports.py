@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,7 @@ from distill_nlp.onnx_model import EXPORT_FILE, is_exported
 from distill_nlp.report.schema import Export
 from distill_nlp.stages import read_json
 
-HEAD = ("export", "score: student → export", "other label", "weights", "latency p50, batch 1", "throughput")
-NOTE = (
-    "As measured by `distill-nlp export` on the rows named, by PyTorch and ONNX Runtime in turns on the CPU; times are "
-    "relative to the student's in PyTorch, and to the teacher's where it was timed as well."
-)
+NOTE = "As measured by distill-nlp export; student and teacher in PyTorch, in turns with the export, on the CPU."
 
 
 def read_exports(students: Mapping[int, Path]) -> list[dict[str, Any]]:
@@ -74,24 +70,41 @@ def _export(seed: int, name: str, record: dict[str, Any]) -> dict[str, Any]:
     return Export.model_validate(fields).model_dump()
 
 
+def export_head(report: dict[str, Any]) -> list[str]:
+    """Names of the exports, over the columns of `export_rows`; empty where there are none."""
+    exports = report.get("exports") or []
+    return ["", *(f"seed {one['seed']}, ONNX {one['numbers']}" for one in exports)] if exports else []
+
+
 def export_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Of each export the cells under `HEAD`."""
-    return [_cells(found) for found in report.get("exports") or []]
+    """Titles, and what each export has under them."""
+    exports = report.get("exports") or []
+    if not exports:
+        return []
+    metric = "macro-F1" if report.get("metric") == "f1_macro" else "accuracy"
 
+    def row(title: str, value: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
+        return (title, *(value(one) for one in exports))
 
-def _cells(found: dict[str, Any]) -> tuple[str, ...]:
-    score, speed, size = found["score"], found["speed"], found["size_mb"]
-    title = {"accuracy": "accuracy", "f1_macro": "macro-F1", None: ""}[found["metric"]]
-    compared = "no labels" if score is None else f"{title} {score['student']:.4f} → {score['export']:.4f}"
-    cells = [
-        f"seed {found['seed']}, ONNX {found['numbers']}",
-        compared,
-        f"{found['flips']:,} of {found['rows']:,} rows ({found['source']})",
-        f"{size['export']:.1f} MB ({size['student'] / size['export']:.1f}× smaller)",
+    def timed(title: str, value: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
+        return row(title, lambda one: "not timed" if one["speed"] is None else value(one["speed"]))
+
+    return [
+        row(f"{metric} of the student", lambda one: _score(one, "student")),
+        row(f"{metric} of the export", lambda one: _score(one, "export")),
+        row("rows with another label", lambda one: f"{one['flips']:,} of {one['rows']:,}"),
+        row("rows", lambda one: one["source"]),
+        row("size of the weights", lambda one: "{student:.1f} → {export:.1f} MB".format(**one["size_mb"])),
+        timed("latency p50, batch 1", lambda speed: f"{speed['latency_ms']['p50']:.1f} ms"),
+        timed("throughput", lambda speed: f"{speed['throughput']:.0f}/s"),
+        timed("  against the student", lambda speed: f"{speed['times_student']:.1f}×"),
+        timed("  against the teacher", lambda speed: _times(speed["times_teacher"])),
     ]
-    if speed is None:
-        return (*cells, "not timed", "not timed")
-    times = f"{speed['times_student']:.1f}× the student"
-    if speed["times_teacher"] is not None:
-        times += f", {speed['times_teacher']:.1f}× the teacher"
-    return (*cells, f"{speed['latency_ms']['p50']:.1f} ms", f"{speed['throughput']:.0f}/s ({times})")
+
+
+def _score(one: dict[str, Any], which: str) -> str:
+    return "no labels" if one["score"] is None else f"{one['score'][which]:.4f}"
+
+
+def _times(value: float | None) -> str:
+    return "not timed" if value is None else f"{value:.1f}×"

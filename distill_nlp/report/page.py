@@ -16,7 +16,7 @@ from distill_nlp.report.curves import Panel, read_panels
 from distill_nlp.report.details import class_rows, detail_rows, machine_line, slice_rows, stage_rows
 from distill_nlp.report.explorer import listed
 from distill_nlp.report.explorer_page import explorer
-from distill_nlp.report.exports import HEAD, NOTE, export_rows
+from distill_nlp.report.exports import NOTE, export_head, export_rows
 from distill_nlp.report.quality import CALIBRATION_BINS
 from distill_nlp.report.render import (
     COLUMNS,
@@ -123,7 +123,7 @@ def _exports(report: dict[str, Any]) -> list[str]:
     rows = export_rows(report)
     if not rows:
         return []
-    return ["<h2>Exports</h2>", _table(HEAD, rows, "fit stages"), f'<p class="quiet">{_e(NOTE)}</p>']
+    return ["<h2>Exports</h2>", _table(export_head(report), rows), f'<p class="quiet">{_e(NOTE)}</p>']
 
 
 def _first(report: dict[str, Any], kind: str) -> dict[str, Any]:

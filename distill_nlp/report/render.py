@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill_nlp.report.exports import export_rows
+from distill_nlp.report.exports import export_head, export_rows
 
 COLUMNS = ("teacher", "baseline", "student")
 # By the metric that models are compared by: what is shown of them, in this order.
@@ -87,8 +87,21 @@ def terminal_table(report: dict[str, Any]) -> Any:
     for row in table_rows(report):
         table.add_row(*(Text(cell) for cell in row))
     lines = [Text(line) for line in summary_lines(report)]
-    lines += [Text(f"{what}: {'; '.join(rest)}") for what, *rest in export_rows(report)]
-    return Group(table, *lines, Text(verdict(report), style="bold"))
+    return Group(table, *lines, *_exports(report), Text(verdict(report), style="bold"))
+
+
+def _exports(report: dict[str, Any]) -> list[Any]:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not (head := export_head(report)):
+        return []
+    table = Table(title="Exports", title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for row in export_rows(report):
+        table.add_row(*(Text(cell) for cell in row))
+    return [table]
 
 
 def metric_of(report: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from distill_nlp.report.build import LOGITS, PRIVATE
 from distill_nlp.report.details import class_rows, detail_rows, machine_line, slice_rows, stage_rows
 from distill_nlp.report.earlier import PREDICTIONS_FILE, REPORT_FILE
-from distill_nlp.report.exports import HEAD, NOTE, export_rows
+from distill_nlp.report.exports import NOTE, export_head, export_rows
 from distill_nlp.report.page import render_page
 from distill_nlp.report.render import COLUMNS, metric_title, summary_lines, table_rows, title_of, verdict
 from distill_nlp.stages import write_json
@@ -30,7 +30,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     if report.get("slices"):
         lines += ["", *_table([f"{metric_title(report)} by length", "rows", *COLUMNS], slice_rows(report))]
     if exports := export_rows(report):
-        lines += ["", *_table(list(HEAD), exports), "", NOTE]
+        lines += ["", *_table(export_head(report), exports), "", NOTE]
     classes = class_rows(report)
     head = ["class", "rows", *(f"{kind} {name}" for kind in COLUMNS for name in ("P", "R", "F1"))]
     lines += ["", *_table(head, classes[:_MOST_CLASSES])]
