@@ -14,7 +14,7 @@ import yaml
 
 from distill_nlp.config_training import task_metric
 from distill_nlp.errors import UsageError
-from distill_nlp.hub.card import CardFacts, Score
+from distill_nlp.hub.card import RECIPE, CardFacts, Score
 from distill_nlp.hub.files import INDEX, WEIGHTS
 from distill_nlp.hub.private import Private, hub_name
 from distill_nlp.losses.base import MULTI_LABEL
@@ -23,18 +23,6 @@ from distill_nlp.report.render import summary_lines, table_rows, verdict
 from distill_nlp.stages import STAGE_FILE, read_json
 
 RUN_FILE = "config.json"
-_TRAINING = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "bf16",
-    "fp16",
-)
 
 
 @dataclass
@@ -216,7 +204,7 @@ def _data_name(dataset: str | None, private: Private) -> str | None:
 
 def _recipe(record: dict[str, Any], fingerprint: dict[str, Any]) -> dict[str, Any]:
     training = fingerprint.get("training") or {}
-    recipe = {name: training[name] for name in _TRAINING if training.get(name) not in (None, -1)}
+    recipe = {name: training[name] for name in RECIPE if training.get(name) not in (None, -1)}
     recipe |= {"steps": record["steps"]} if "steps" in record else {}
     return recipe | ({"seed": fingerprint["seed"]} if "seed" in fingerprint else {})
 

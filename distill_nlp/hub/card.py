@@ -10,6 +10,19 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+RECIPE = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "bf16",
+    "fp16",
+)
+"""Settings of a training that a card names."""
 _NO_REPORT = (
     "There is no report beside this student, so nothing is claimed here: no accuracy, no comparison with the teacher, "
     "no speed."

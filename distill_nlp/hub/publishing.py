@@ -18,27 +18,13 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from distill_nlp.hub.card import CardFacts, model_card
+from distill_nlp.hub.card import RECIPE, CardFacts, model_card
 from distill_nlp.hub.client import commit, create_repository
 from distill_nlp.hub.files import CARD, HubFile, checked, student_files
 from distill_nlp.hub.private import Private, hub_name, is_local_path
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 
 logger = logging.get_logger(__name__)
-
-_RECIPE = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "bf16",
-    "fp16",
-    "seed",
-)
 
 
 class PublishingTrainer(Trainer):
@@ -196,7 +182,7 @@ class PublishingTrainer(Trainer):
             languages=[language] if isinstance(language, str) else list(language or ()),
             license=license,
             objective=self.objective.formula(),
-            recipe={name: _value(getattr(self.args, name)) for name in _RECIPE if hasattr(self.args, name)},
+            recipe={name: _value(getattr(self.args, name)) for name in (*RECIPE, "seed") if hasattr(self.args, name)},
             parameters=sum(p.numel() for p in self.student.parameters()),
             validation=validation,
             versions={
