@@ -1,0 +1,256 @@
+"""Ways to train over the same rows: bare loops with each lever, and trainers; each gives the seconds of one pass."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from workloads import Pair, batches_of, padder
+
+from distill_nlp import (
+    AttentionLoss,
+    CachedTeacher,
+    DistillationArguments,
+    DistillationTrainer,
+    HiddenStateLoss,
+    KLDivergenceLoss,
+    cache_teacher_logits,
+)
+
+TEMPERATURE = 2.0
+LEARNING_RATE = 1e-5
+Seconds = tuple[float, float]
+"""Wall and CPU time."""
+Pass = Callable[[int], Seconds]
+"""Trains once over all rows, in an order that its argument seeds."""
+
+
+def wait_for(device: torch.device) -> None:
+    """Work that was given to an accelerator counts when it is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Clock:
+    """Wall and CPU time from `start` to `stop`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self) -> None:
+        wait_for(self.device)
+        self._start = time.perf_counter(), time.process_time()
+
+    def stop(self) -> Seconds:
+        wait_for(self.device)
+        return time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A loop without a trainer: the floor, and each lever on it.
+
+    Args:
+        teacher: "live", "cached" (its logits lie in memory), or "none": the labels alone.
+        bf16, teacher_bf16: autocast of both; weights of the teacher.
+        grouped: batches of like lengths.
+        attention_dropout: of the student; above 0, PyTorch's attention on a CPU takes its slow path.
+        fused: AdamW in one kernel.
+        medium: float32 products in bfloat16, `torch.set_float32_matmul_precision("medium")`.
+        parts: each batch is sorted by length and cut into so many, whose gradients add up to the batch's.
+        compiled: the student by `torch.compile`.
+    """
+
+    teacher: str = "live"
+    bf16: bool = False
+    teacher_bf16: bool = False
+    grouped: bool = False
+    attention_dropout: float = 0.1
+    fused: bool = False
+    medium: bool = False
+    parts: int = 1
+    compiled: bool = False
+
+    def on(self, pair: Pair, data: Dataset, size: int) -> Pass:
+        """The pass over these rows in batches of so many."""
+        collate, device = DataCollatorWithPadding(padder()), pair.device
+        student = pair.student(self.attention_dropout)
+        forward = torch.compile(student) if self.compiled else student
+        optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, fused=self.fused)
+        teacher = pair.teacher() if self.teacher != "none" else None
+        if teacher is not None and self.teacher_bf16:
+            teacher = teacher.to(torch.bfloat16)
+        lengths = [len(ids) for ids in data["input_ids"]]
+        known = torch.randn(len(data), 2, device=device)
+
+        def answers(batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
+            if self.teacher == "cached":
+                return known[rows]
+            with torch.no_grad():
+                return teacher(batch["input_ids"], batch["attention_mask"]).logits.float()
+
+        def loss_of(rows: list[int]) -> torch.Tensor:
+            batch = {name: value.to(device) for name, value in collate(data.__getitems__(rows)).items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                logits = forward(batch["input_ids"], batch["attention_mask"]).logits.float()
+                if self.teacher == "none":
+                    return F.cross_entropy(logits, batch["labels"])
+                return divergence(logits, answers(batch, rows))
+
+        def once(seed: int) -> Seconds:
+            batches, clock = batches_of(data, size, self.grouped, seed), Clock(device)
+            with matmul_precision("medium" if self.medium else "highest"):
+                clock.start()
+                for rows in batches:
+                    rows = sorted(rows, key=lambda row: lengths[row]) if self.parts > 1 else rows
+                    each = -(-len(rows) // self.parts)
+                    for first in range(0, len(rows), each):
+                        part = rows[first : first + each]
+                        (loss_of(part) * (len(part) / len(rows))).backward()
+                    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                return clock.stop()
+
+        return once
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trainer over the rows.
+
+    Args:
+        kind: "plain", a Trainer subclass as in tutorials, with its teacher in `compute_loss`; "labels", the stock
+            Trainer without a teacher; "ours".
+        teacher: "live" or "cached"; of "ours".
+        losses: beside the KL divergence; of "ours".
+        bf16, attention_dropout: as of `Bare`.
+        grouped: batches of like lengths.
+    """
+
+    kind: str = "ours"
+    teacher: str = "live"
+    losses: tuple[str, ...] = ()
+    bf16: bool = False
+    grouped: bool = False
+    attention_dropout: float = 0.1
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def on(self, pair: Pair, data: Dataset, size: int) -> Pass:
+        """The pass over these rows in batches of so many."""
+        student, tokenizer, clock = pair.student(self.attention_dropout), padder(), Clock(pair.device)
+        folder = tempfile.TemporaryDirectory()
+        arguments = {
+            "output_dir": folder.name,
+            "per_device_train_batch_size": size,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "num_train_epochs": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_steps": 50,
+            "bf16": self.bf16,
+            "use_cpu": pair.device.type == "cpu",
+            "train_sampling_strategy": "group_by_length" if self.grouped else "random",
+            "dataloader_pin_memory": pair.device.type == "cuda",
+            **self.more,
+        }
+        common = {"model": student, "processing_class": tokenizer, "callbacks": [_Timer(clock)]}
+        if self.kind == "ours":
+            teacher, rows = pair.teacher(), data
+            if self.teacher == "cached":
+                rows = cache_teacher_logits(teacher, data, tokenizer, f"{folder.name}/cache")
+                teacher = CachedTeacher(teacher.config)
+            losses = {"kl": KLDivergenceLoss(TEMPERATURE), **{name: _LOSSES[name]() for name in self.losses}}
+            args = DistillationArguments(**arguments)
+            trainer = DistillationTrainer(args=args, train_dataset=rows, teacher=teacher, losses=losses, **common)
+        else:
+            kind, given = (_Plain, {"teacher": pair.teacher()}) if self.kind == "plain" else (Trainer, {})
+            args = TrainingArguments(**arguments)
+            trainer = kind(args=args, train_dataset=data, **common, **given)
+
+        def once(seed: int) -> Seconds:
+            trainer.args.seed = seed
+            with matmul_precision("highest"):
+                trainer.train()
+            return clock.passed
+
+        # The folder lives as long as the pass.
+        once.folder = folder
+        return once
+
+
+_LOSSES = {"hidden": HiddenStateLoss, "attention": AttentionLoss}
+
+
+class _Plain(Trainer):
+    """What most tutorials show."""
+
+    def __init__(self, *arguments: Any, teacher: torch.nn.Module, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.teacher = teacher
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs.pop("labels")
+        output = model(**inputs)
+        with torch.no_grad():
+            target = self.teacher(**inputs).logits
+        loss = divergence(output.logits.float(), target.float())
+        return (loss, output) if return_outputs else loss
+
+
+class _Timer(TrainerCallback):
+    """From the first step's beginning to the last one's end: what an epoch takes, without setting up."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.clock.start()
+
+    def on_epoch_end(self, args, state, control, **_):
+        self.clock.passed = self.clock.stop()
+
+
+def divergence(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """KL divergence at a temperature, times its square."""
+    logs = (F.log_softmax(z / TEMPERATURE, dim=-1) for z in (logits, target))
+    return TEMPERATURE**2 * F.kl_div(*logs, reduction="batchmean", log_target=True)
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Of float32 products, for the time being."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+LEVERS: dict[str, Bare] = {
+    "fp32, teacher live, random batches": Bare(),
+    "grouped by length": Bare(grouped=True),
+    "bf16 autocast": Bare(bf16=True),
+    "bf16 teacher alone": Bare(teacher_bf16=True),
+    "cached logits": Bare(teacher="cached"),
+    "no attention dropout": Bare(attention_dropout=0.0),
+    "fused AdamW": Bare(fused=True),
+    "medium products": Bare(medium=True),
+    "4 parts sorted by length": Bare(parts=4),
+    "grouped, bf16, cached, no attention dropout, fused": Bare("cached", True, False, True, 0.0, True),
+}
+"""Each lever alone, and all that go together; ratios are to the first."""
+LEVERS["the same with the teacher live"] = replace(
+    LEVERS["grouped, bf16, cached, no attention dropout, fused"], teacher="live"
+)
