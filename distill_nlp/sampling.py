@@ -1,4 +1,4 @@
-"""Batches that each hold the same part of unlabelled rows."""
+"""The order of rows: batches of like lengths, and batches that each hold the same part of unlabelled rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,50 @@ STRATEGIES = ("random", "sequential", "group_by_length")
 _CHUNK = 8192
 # Batches that are sorted by length together, as Transformers' own LengthGroupedSampler has it.
 _MEGA_BATCH = 50
+
+
+class GroupedSampler(Sampler[int]):
+    """Row numbers such that the rows of a batch have like lengths, in a new order each epoch.
+
+    As Transformers' own for `group_by_length`, but the order depends on the seed and the epoch alone. That one draws
+    from each process's global generator: ranks whose generators part, as by dropout on a CPU, take overlapping rows,
+    and a training that goes on inside an epoch gets another order than it had.
+
+    Args:
+        lengths: (N,) tokens of each row.
+        batch_size: rows of a batch on one device.
+        seed: of the order, the same on all ranks.
+        epoch: gives the number of the epoch that begins, from 0.
+        ranks: batches that run at the same time; they are of like lengths.
+
+    Example:
+        >>> list(GroupedSampler(np.array([9, 2, 8, 3]), batch_size=2, seed=0))
+        [0, 2, 3, 1]
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int] = lambda: 0,
+        ranks: int = 1,
+    ) -> None:
+        self._lengths, self._size, self._ranks = lengths, batch_size, ranks
+        self._seed, self._epoch = seed % 2**64, epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self._epoch()
+        full = len(self._lengths) // self._size
+        rows = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._lengths))
+        # What is left over for a last, smaller batch is drawn like any other row.
+        last = rows[full * self._size :]
+        rows = _sorted(rows[: full * self._size], self._lengths, self._size, full, self._ranks)
+        batches = _shuffled(rows.reshape(full, self._size), self._lengths, self._ranks, [self._seed, 2, epoch])
+        return iter(np.concatenate([batches.reshape(-1), last]).tolist())
 
 
 class MixedSampler(Sampler[int]):
@@ -95,7 +139,9 @@ class MixedSampler(Sampler[int]):
         for kind, is_kind in enumerate((~whole, whole)):
             per_batch, in_last = is_kind.sum(), (last == kind).sum()
             rows = self._draw(kind, epoch, full * per_batch + in_last)
-            drawn.append(rows if self._lengths is None else self._sort(rows, per_batch, full))
+            if self._lengths is not None:
+                rows = _sorted(rows, self._lengths, per_batch, full, self._ranks)
+            drawn.append(rows)
         batches = np.empty((full, self._size), dtype=np.int64)
         end = np.empty(rest, dtype=np.int64)
         for kind, rows in enumerate(drawn):
@@ -103,7 +149,7 @@ class MixedSampler(Sampler[int]):
             batches[:, columns] = rows[: full * len(columns)].reshape(full, len(columns))
             end[last == kind] = rows[full * len(columns) :]
         if self._lengths is not None:
-            batches = self._shuffle_batches(batches, epoch)
+            batches = _shuffled(batches, self._lengths, self._ranks, [self._seed, 2, epoch])
         return np.concatenate([batches.reshape(-1), end])
 
     def _pattern(self, size: int) -> np.ndarray:
@@ -124,24 +170,49 @@ class MixedSampler(Sampler[int]):
         ]
         return np.concatenate([rows[:0], *series])[skipped : skipped + count]
 
-    def _sort(self, rows: np.ndarray, per_batch: int, full: int) -> np.ndarray:
-        """The rows, in each mega-batch the longest first; the last mega-batch holds what is left over."""
-        # The same number of batches in both kinds, so that the k-th longest of both meet in one batch.
-        mega = max(1, min(full // (4 * self._ranks), _MEGA_BATCH)) * self._ranks
-        cuts = np.arange(1, full // mega) * mega * per_batch
-        parts = np.split(rows, cuts)
-        return np.concatenate([part[np.argsort(-self._lengths[part], kind="stable")] for part in parts])
 
-    def _shuffle_batches(self, batches: np.ndarray, epoch: int) -> np.ndarray:
-        """Those of one step of all ranks stay together; the ones with the longest row come first."""
-        steps = len(batches) // self._ranks
-        if not steps:
-            return batches
-        together = batches[: steps * self._ranks].reshape(steps, -1)
-        together = np.random.default_rng([self._seed, 2, epoch]).permutation(together)
-        longest = self._lengths[together].max(axis=1).argmax()
-        together[[0, longest]] = together[[longest, 0]]
-        return np.concatenate([together.reshape(-1, self._size), batches[steps * self._ranks :]])
+def _sorted(rows: np.ndarray, lengths: np.ndarray, per_batch: int, full: int, ranks: int) -> np.ndarray:
+    """The rows, in each mega-batch the longest first; the last mega-batch holds what is left over."""
+    # The same number of batches whatever there is of a kind in each, so that the k-th longest meet in one batch.
+    mega = max(1, min(full // (4 * ranks), _MEGA_BATCH)) * ranks
+    cuts = np.arange(1, full // mega) * mega * per_batch
+    parts = np.split(rows, cuts)
+    return np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+
+
+def _shuffled(batches: np.ndarray, lengths: np.ndarray, ranks: int, seed: list[int]) -> np.ndarray:
+    """Those of one step of all ranks stay together; the ones with the longest row come first."""
+    steps = len(batches) // ranks
+    if not steps:
+        return batches
+    together = batches[: steps * ranks].reshape(steps, -1)
+    together = np.random.default_rng(seed).permutation(together)
+    longest = lengths[together].max(axis=1).argmax()
+    together[[0, longest]] = together[[longest, 0]]
+    return np.concatenate([together.reshape(-1, batches.shape[1]), batches[steps * ranks :]])
+
+
+def grouped_sampler(
+    data: Any, args: TrainingArguments, batch_size: int, epoch: Callable[[], int]
+) -> GroupedSampler | None:
+    """The sampler of `group_by_length`, or None where the data are not a `datasets.Dataset` with lengths in it.
+
+    Lengths are those of the column `length_column_name`, else of `input_ids`; they are read from Arrow, without the
+    rows. The seed is `data_seed`, else `seed`.
+
+    Args:
+        data, args, batch_size, epoch: as of `mixed_sampler`.
+
+    Example:
+        >>> sampler = grouped_sampler(train, trainer.args, 16, epoch=lambda: int(trainer.state.epoch or 0))
+    """
+    if not _has_columns(data):
+        return None
+    known = args.length_column_name in data.column_names
+    name = args.length_column_name if known else "input_ids"
+    if name not in data.column_names:
+        return None
+    return GroupedSampler(_lengths(data, name), batch_size, _seed(args), epoch, args.world_size)
 
 
 def mixed_sampler(data: Any, args: TrainingArguments, batch_size: int, epoch: Callable[[], int]) -> MixedSampler:
@@ -167,7 +238,7 @@ def mixed_sampler(data: Any, args: TrainingArguments, batch_size: int, epoch: Ca
             f"unlabeled_ratio goes with train_sampling_strategy {', '.join(STRATEGIES)}, got {strategy}: choose one of "
             "them, or leave unlabeled_ratio out"
         )
-    if not all(hasattr(data, name) for name in ("__len__", "column_names", "select_columns", "with_format")):
+    if not _has_columns(data):
         raise ValueError(
             f"unlabeled_ratio needs a datasets.Dataset whose rows can be picked by number, got {type(data).__name__}: "
             "make one by datasets.Dataset.from_list or from_generator, or leave unlabeled_ratio out"
@@ -181,12 +252,20 @@ def mixed_sampler(data: Any, args: TrainingArguments, batch_size: int, epoch: Ca
         labeled,
         batch_size,
         setting_of(args, "unlabeled_ratio"),
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        seed=_seed(args),
         epoch=epoch,
         shuffle=strategy != "sequential",
         lengths=lengths,
         ranks=args.world_size,
     )
+
+
+def _has_columns(data: Any) -> bool:
+    return all(hasattr(data, name) for name in ("__len__", "column_names", "select_columns", "with_format"))
+
+
+def _seed(args: TrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def labeled_rows(data: Any) -> np.ndarray:

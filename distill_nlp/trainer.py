@@ -24,7 +24,7 @@ from distill_nlp.outputs import DistillationOutput
 from distill_nlp.parameter_groups import Freezing, layer_factors, scale_by_layer
 from distill_nlp.projections import fit_projections, projected_losses, separate_projections
 from distill_nlp.sample_batches import sample_batches
-from distill_nlp.sampling import mixed_sampler
+from distill_nlp.sampling import grouped_sampler, mixed_sampler
 from distill_nlp.schedules import Setting
 from distill_nlp.teacher import TEACHER_PREFIX, CachedTeacher, Teacher, bind_teacher
 from distill_nlp.terms import FormulaPrinter, TermLog
@@ -241,11 +241,13 @@ class DistillationTrainer(PublishingTrainer):
     # ---- data and optimizer ----
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The Trainer's sampler, or with `unlabeled_ratio` one that keeps it in each batch."""
-        if setting_of(self.args, "unlabeled_ratio") is None:
-            return super()._get_train_sampler(train_dataset)
+        """The Trainer's sampler, but where its order would differ over ranks, or where batches keep a ratio."""
         data = self.train_dataset if train_dataset is None else train_dataset
-        return mixed_sampler(data, self.args, self._train_batch_size, lambda: int(self.state.epoch or 0))
+        own = (data, self.args, self._train_batch_size, lambda: int(self.state.epoch or 0))
+        if setting_of(self.args, "unlabeled_ratio") is not None:
+            return mixed_sampler(*own)
+        grouped = grouped_sampler(*own) if self.args.train_sampling_strategy == "group_by_length" else None
+        return super()._get_train_sampler(train_dataset) if grouped is None else grouped
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keeps the columns that either model takes: a BERT teacher reads token_type_ids, its DistilBERT does not."""

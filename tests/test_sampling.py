@@ -1,4 +1,4 @@
-"""Batches that keep the part of unlabelled rows: in one process, resumed, and in two gloo processes on the CPU.
+"""Batches of like lengths, and with a part of unlabelled rows: in one process, resumed, and in two gloo processes.
 
 The two processes run this file: torchrun --standalone --nproc_per_node 2 tests/test_sampling.py FOLDER
 """
@@ -20,7 +20,7 @@ from helpers import largest_difference, make_arguments, make_dataset, make_stude
 from transformers import DataCollatorWithPadding
 
 from distill_nlp import CrossEntropyLoss, sampling
-from distill_nlp.sampling import MixedSampler, labeled_rows, mixed_sampler
+from distill_nlp.sampling import GroupedSampler, MixedSampler, grouped_sampler, labeled_rows, mixed_sampler
 
 
 def mask(labeled: int, unlabeled: int, seed: int = 0) -> np.ndarray:
@@ -229,8 +229,7 @@ def test_the_order_of_batches_depends_on_seed_and_epoch():
     batches = np.arange(120).reshape(40, 3)
 
     def order(seed, epoch):
-        sampler = MixedSampler(mask(60, 60), 3, 0.5, seed, lengths=np.ones(120))
-        return sampler._shuffle_batches(batches, epoch).tolist()
+        return sampling._shuffled(batches, np.ones(120), 1, [seed, 2, epoch]).tolist()
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 1) != order(0, 0) != order(1, 0)
@@ -469,11 +468,86 @@ def test_a_run_resumed_between_two_epochs_is_bit_identical(tmp_path):
     assert largest_difference(parameters_of(resumed.model), parameters_of(whole.model)) == 0
 
 
+# ---- batches of like lengths ----
+
+GROUPED = {"train_sampling_strategy": "group_by_length", "unlabeled_ratio": None}
+
+
+def grouped_order(lengths, size=4, seed=0, epoch=0, **settings) -> list[int]:
+    return list(GroupedSampler(lengths, size, seed, lambda: epoch, **settings))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 31, 64, 257])
+def test_each_row_comes_once_an_epoch_in_a_new_order(rows, ranks):
+    lengths = some_lengths(rows)
+    orders = [grouped_order(lengths, epoch=epoch, ranks=ranks) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(rows)) for order in orders)
+    assert len(GroupedSampler(lengths, 4, 0)) == rows
+    if rows > 30:
+        assert orders[0] != orders[1]
+
+
+def test_batches_have_like_lengths_and_the_longest_comes_first():
+    """400 rows, two mega-batches of 25 batches: sorted within each, a batch spans about a 25th of the lengths."""
+    lengths = some_lengths(400)
+    batches = [lengths[batch] for batch in batches_of(grouped_order(lengths, size=8), 8)]
+    assert max(batch.max() - batch.min() for batch in batches) < 60
+    assert batches[0].max() == lengths.max()
+    # And the rest in no order of length.
+    firsts = [batch.max() for batch in batches[1:]]
+    assert firsts not in (sorted(firsts), sorted(firsts, reverse=True))
+
+
+def test_batches_that_run_at_the_same_time_have_like_lengths():
+    """Parts of 24 batches are sorted: the 4 batches of a step span about a sixth of the lengths."""
+    lengths = some_lengths(400)
+    batches = [lengths[batch] for batch in batches_of(grouped_order(lengths, ranks=4), 16)]
+    assert max(batch.max() - batch.min() for batch in batches) < 120
+
+
+def test_the_order_of_like_lengths_takes_nothing_from_the_global_generator():
+    lengths = some_lengths(40)
+    before = torch.random.get_rng_state()
+    assert grouped_order(lengths, seed=-7) == grouped_order(lengths, seed=-7)
+    assert grouped_order(lengths, seed=1) != grouped_order(lengths, seed=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_lengths_are_those_of_their_column_or_of_the_tokens(tmp_path):
+    data = make_dataset(ROWS)
+    args = make_arguments(tmp_path, train_sampling_strategy="group_by_length", seed=5)
+    tokens = np.array([len(row) for row in data["input_ids"]])
+    assert list(grouped_sampler(data, args, 4, lambda: 2)) == grouped_order(tokens, seed=5, epoch=2)
+    other = some_lengths(ROWS)
+    assert list(grouped_sampler(data.add_column("length", other), args, 4, lambda: 0)) == grouped_order(other, seed=5)
+    args.data_seed = 9
+    assert list(grouped_sampler(data, args, 4, lambda: 0)) == grouped_order(tokens, seed=9)
+
+
+def test_data_without_lengths_in_columns_are_left_to_the_trainer(make_trainer, tmp_path):
+    args = make_arguments(tmp_path, train_sampling_strategy="group_by_length")
+    assert grouped_sampler([{"input_ids": [1, 2]}], args, 4, lambda: 0) is None
+    assert grouped_sampler(Dataset.from_dict({"pixels": [[1], [2]]}), args, 4, lambda: 0) is None
+    trainer = make_trainer(train_sampling_strategy="group_by_length", data=make_dataset(8).to_list())
+    assert len(trainer._get_train_sampler()) == 8
+
+
+def test_a_training_of_like_lengths_resumed_inside_an_epoch_is_bit_identical(tmp_path):
+    """With dropout, which draws from the generator that Transformers' own order comes from."""
+    whole, seen = trained(tmp_path / "whole", **GROUPED)
+    assert sorted(row for batch in seen[:8] for row in batch) == list(range(ROWS))
+    resumed, later = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-11"), **GROUPED)
+    assert later == seen[11:]
+    assert largest_difference(parameters_of(resumed.model), parameters_of(whole.model)) == 0
+
+
 # ---- two processes ----
 
 PADDED = {"padding": "max_length", "max_length": 12}
 SCENARIOS = {
     **{strategy: {"train_sampling_strategy": strategy, "save_steps": 6} for strategy in KINDS_OF_ORDER},
+    "grouped": GROUPED | {"save_steps": 6},
     "split": {"per_device_train_batch_size": 8, "accelerator_config": {"split_batches": True}, "save_steps": 6},
     # Batches that are sent from one process must be of one width.
     "dispatched": {"accelerator_config": {"dispatch_batches": True}, "data_collator": PADDED, "save_strategy": "no"},
@@ -526,7 +600,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "grouped"])
 def test_each_of_two_ranks_keeps_the_ratio_in_its_batches(ranks, scenario):
     for results, _ in ranks:
         assert results[scenario]["world_size"] == 2
@@ -549,7 +623,16 @@ def test_two_ranks_share_the_batches_of_the_sampler(ranks, scenario):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", [*KINDS_OF_ORDER, "split"])
+def test_two_ranks_share_the_rows_of_like_lengths(ranks):
+    """Dropout on the CPU lets their generators part."""
+    one, other = (results["grouped"]["batches"] for results, _ in ranks)
+    dealt = [row for step in zip(one, other, strict=True) for batch in step for row in batch]
+    for epoch in (0, 1):
+        assert sorted(dealt[32 * epoch :][:ROWS]) == list(range(ROWS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", [*KINDS_OF_ORDER, "grouped", "split"])
 def test_two_ranks_resumed_inside_their_second_epoch_are_bit_identical(ranks, scenario):
     """Accelerate's `set_epoch` does not come through to the sampler here."""
     for results, states in ranks:
