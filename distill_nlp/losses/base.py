@@ -26,7 +26,8 @@ class ModelShape:
     """What a loss must know of a model to size its own parameters.
 
     Args:
-        num_layers: number of transformer blocks, None where the model has no such thing.
+        num_layers: number of transformer blocks, or of stages where it is built of those; None where the model has no
+            such thing.
         hidden_size: width of its hidden states, or None.
         num_attention_heads: or None.
         num_labels: number of logits.
@@ -48,10 +49,17 @@ class ModelShape:
         return cls(
             num_labels=config.num_labels,
             problem_type=problem_type,
-            num_layers=getattr(config, "num_hidden_layers", None),
+            num_layers=depth_of(config),
             hidden_size=getattr(config, "hidden_size", None),
             num_attention_heads=getattr(config, "num_attention_heads", None),
         )
+
+
+def depth_of(config: Any) -> int | None:
+    """The layers that a model of this config counts: its blocks, or the stages whose `depths` it lists; or None."""
+    depth = getattr(config, "num_hidden_layers", None)
+    stages = getattr(config, "depths", None)
+    return len(stages) if depth is None and stages is not None else depth
 
 
 class DistillationLoss(nn.Module):
