@@ -75,8 +75,8 @@ def divide(
     own = 0 if carved else len(images["validation"])
     if labels is not None and not own < labels <= own + len(order):
         raise UsageError(
-            f"--labeled must be more than {own:,}, the validation rows, and at most {own + len(order):,}, all rows with "
-            f"labels; got {labels:,}"
+            f"--labeled must be more than {own:,}, the validation rows, and at most {own + len(order):,}, all rows "
+            f"with labels; got {labels:,}"
         )
     seen = order if labels is None else order[: labels - own]
     held_out = np.empty(0, dtype=np.int64)
