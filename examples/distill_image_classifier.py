@@ -29,7 +29,7 @@ try:
     from image_classifiers.data import read_data
     from image_classifiers.models import Source
     from image_classifiers.report import make_report, over_seeds
-    from image_classifiers.trainings import Runs, read_losses
+    from image_classifiers.trainings import Runs, read_losses, say
 except ImportError as missing:
     if missing.name != "PIL":
         raise
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     data = read_data(options, [teacher, student])
     runs = Runs(options, data, teacher, student)
     runs.try_out()
-    print(
+    say(
         f"{len(data.classes)} classes; images to learn from: {len(data.teacher):,} for the teacher, for the student "
         f"{len(data.labeled):,} with labels and {len(data.student) - len(data.labeled):,} without; "
         f"{len(data.validation):,} for validation, {len(data.test):,} for test"

@@ -32,6 +32,11 @@ from image_classifiers.models import Source, one_line
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
+def say(line: str) -> None:
+    """One line of progress, at once, also into a file."""
+    print(line, flush=True)
+
+
 def read_losses(text: str) -> dict[str, LossSection]:
     """Names, weights and settings of losses, as in the configs of distill-nlp: YAML, or a file of it."""
     if text.endswith((".yaml", ".yml")):
@@ -139,14 +144,14 @@ class Runs:
         fingerprint = self._fingerprint(model, rows, seed, steps, rate, "teacher" in settings)
         changes = folder.changes(fingerprint)
         if changes == []:
-            print(f"{name:<20} done already: {folder.path}")
+            say(f"{name:<20} done already: {folder.path}")
         else:
             if changes:
-                print(f"{name:<20} again, changed: {one_line(ValueError(', '.join(changes)))}")
+                say(f"{name:<20} again, changed: {one_line(ValueError(', '.join(changes)))}")
             settings = {"losses": {"ce": LOSSES["ce"]()}} | settings
             arguments = self._arguments(folder, seed, steps, epoch, rate)
             job = {"model": model, "train": rows, "validation": self.data.validation, "arguments": arguments}
-            TrainingJob(name, folder, fingerprint, tokenizer=self._processor(model), **job, **settings).run(print)
+            TrainingJob(name, folder, fingerprint, tokenizer=self._processor(model), **job, **settings).run(say)
         load_student(model, str(folder.path))
         return model.eval().to(DEVICE)
 
