@@ -33,7 +33,7 @@ import distill_image_classifier as example
 from image_classifiers.data import divide
 from image_classifiers.files import NO_LABEL, Images, decode, open_source
 
-CLASSES = ("cloudy", "rain & <b>snow</b>", "sunny")
+CLASSES = ("cloudy", "rain & <b>snow", "sunny")
 SIDE = 16
 
 
@@ -49,7 +49,7 @@ def folder(tmp_path):
     """Three classes of 20 images, of several kinds."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
-        own = tmp_path / "weather" / name.replace("/", "∕")
+        own = tmp_path / "weather" / name
         own.mkdir(parents=True)
         for i in range(20):
             Image.fromarray(picture(rng, label, 16 + i)).save(own / f"{i:02}.{('png', 'jpg', 'bmp')[i % 3]}")
@@ -181,7 +181,7 @@ def test_a_saved_student_answers_alone_on_images_read_by_its_own_processor(folde
     with np.load(tmp_path / "out" / "predictions.npz") as kept:
         np.testing.assert_allclose(kept["student/0"], logits.numpy(), atol=1e-5)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "rain &amp; &lt;b&gt;snow&lt;/b&gt;" in page
+    assert "rain &amp; &lt;b&gt;snow" in page
     assert "<b>snow" not in page
 
 
