@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     BertConfig,
     ConvNextConfig,
@@ -23,8 +22,10 @@ from transformers import (
     ResNetConfig,
     ViTConfig,
 )
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from distill_nlp.errors import UsageError
+from distill_nlp.report import can_plot
 from distill_nlp.report.schema import Report
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -152,7 +153,8 @@ def test_a_pair_is_trained_and_reported(teacher, student, losses, parquet, tmp_p
     assert "test.parquet, row " in page
     assert "tokens" not in page[page.index("<h2>Examples") :]
     assert "Search the names" in page
-    assert "loss_rkd_distance" in page
+    if can_plot():
+        assert "loss_rkd_distance" in page
     weights = load_file(out / "student" / "seed-0" / "model.safetensors")
     assert not [name for name in weights if name.startswith(("student.", "objective."))]
     with np.load(out / "predictions.npz") as kept:
@@ -173,7 +175,7 @@ def test_a_saved_student_answers_alone_on_images_read_by_its_own_processor(folde
     model, info = AutoModelForImageClassification.from_pretrained(path, output_loading_info=True)
     assert not any(info.values())
     assert list(model.config.id2label.values()) == list(CLASSES)
-    processor = AutoImageProcessor.from_pretrained(path)
+    processor = ViTImageProcessorPil.from_pretrained(path)
     test = open_source(folder, "", "", seed=0).splits["test"]
     images = [Image.open(file).convert("RGB") for file in test.images]
     with torch.no_grad():
