@@ -27,7 +27,7 @@ from distill_nlp.report import write_report
 
 try:
     from image_classifiers.data import read_data
-    from image_classifiers.models import Source
+    from image_classifiers.models import Source, one_line
     from image_classifiers.report import make_report, over_seeds
     from image_classifiers.trainings import Runs, read_losses, say
 except ImportError as missing:
@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistillError as error:
         to_stderr(f"error: {error}")
         return error.exit_code
+    except OSError as error:  # a full disk, a folder that may not be written
+        to_stderr(f"error: {one_line(error)}")
+        return 1
     except KeyboardInterrupt:
         to_stderr("interrupted; the same command goes on")
         return 130
@@ -108,9 +111,9 @@ def parser() -> argparse.ArgumentParser:
     add("--max_steps", type=positive, metavar="N", help="of each training, in the place of epochs")
     add("--patience", type=positive, default=5, metavar="N", help="epochs without a better validation accuracy (5)")
     add("--batch_size", type=positive, default=64, metavar="N", help="(64)")
-    add("--learning_rate", type=float, default=1e-3, metavar="RATE", help="of the students (1e-3)")
-    add("--teacher_learning_rate", type=float, default=1e-3, metavar="RATE", help="(1e-3)")
-    add("--weight_decay", type=float, default=0.01, metavar="RATE", help="(0.01)")
+    add("--learning_rate", type=rate, default=1e-3, metavar="RATE", help="of the students (1e-3)")
+    add("--teacher_learning_rate", type=rate, default=1e-3, metavar="RATE", help="(1e-3)")
+    add("--weight_decay", type=rate, default=0.01, metavar="RATE", help="(0.01)")
     return found
 
 
@@ -125,6 +128,12 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return int(text)
+
+
+def rate(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return float(text)
 
 
 def not_negative(text: str) -> int:

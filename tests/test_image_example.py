@@ -417,6 +417,8 @@ def test_without_a_split_every_row_needs_a_label(parquet, tmp_path, capsys):
         ("lenet5", "lenet5-small", ["--losses", "{kl: {temperature: 0}}"], "kl: temperature must be > 0, got 0"),
         ("lenet5", "lenet5-small", ["--losses", "{kl: {heat: 1}}"], "kl: .*heat"),
         ("lenet5", "lenet5-small", ["--losses", "kl"], "--losses must be such as"),
+        ("lenet5", "lenet5-small", ["--losses", "{kl: 0.5}"], "kl must be settings such as .*, got 0.5"),
+        ("lenet5", "lenet5-small", ["--image_size", "9999999"], "of train would take 3,000,000 GB"),
         ("lenet5", "lenet5-small", ["--losses", "{kl: {"], "not valid YAML"),
         ("lenet5", "lenet5-small", ["--labeled", "31"], "at most 30, all rows with labels; got 31"),
         ("lenet5", "lenet5-small", ["--validation", "30"], "leaves no training row of the 30 labeled ones"),
@@ -446,12 +448,20 @@ def test_models_of_other_images_are_refused(parquet, tmp_path, capsys):
     assert "their channels differ: 1, 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "0,0"], ["--seeds", "a"], ["--epochs", "0"], ["--seed", "1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--seeds", "0,0"], ["--seeds", "a"], ["--epochs", "0"], ["--seed", "1"], ["--learning_rate", "-1"]]
+)
 def test_arguments_out_of_range_are_refused(arguments, parquet, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         call(parquet, tmp_path / "out", *arguments)
     assert stop.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(parquet, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert call(parquet, tmp_path / "out", *LENETS) == 1
+    assert re.fullmatch(r"error: .*out.*\n", capsys.readouterr().err)
 
 
 def test_validation_rows_are_not_taken_twice():

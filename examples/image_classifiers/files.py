@@ -265,7 +265,11 @@ def decode(rows: Rows, size: int, channels: int, mean: Sequence[float], std: Seq
     Raises:
         UsageError: an image cannot be read; which one.
     """
-    pixels = torch.empty((len(rows.names), channels, size, size), dtype=torch.uint8)
+    try:
+        pixels = torch.empty((len(rows.names), channels, size, size), dtype=torch.uint8)
+    except RuntimeError:
+        gigabytes = len(rows.names) * channels * size**2 / 1e9
+        raise UsageError(f"the images of {what} would take {gigabytes:,.0f} GB; lower --image_size") from None
     bar = tqdm(zip(rows.images, rows.names, strict=True), total=len(rows.names), desc=f"Reading {what}", disable=None)
     for i, (image, name) in enumerate(bar):
         with _opened(image, name) as opened:

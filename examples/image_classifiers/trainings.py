@@ -54,6 +54,8 @@ def read_losses(text: str) -> dict[str, LossSection]:
             raise UsageError(
                 f"--losses: unknown loss {name}; there are {', '.join(LOSSES)}{did_you_mean(name, LOSSES)}"
             )
+        if not isinstance(section, dict | None):
+            raise UsageError(f"--losses {name} must be settings such as {{weight: 0.5}}, got {section!r}")
         try:
             sections[name] = LossSection.model_validate(section or {})
             LOSSES[name](**sections[name].arguments())
