@@ -317,6 +317,13 @@ def test_rows_without_labels_are_for_the_student_alone_and_validation_counts_as_
     assert (data.student.labels != NO_LABEL).sum() == 3
     assert numbers(data.student) == list(range(8))
     assert numbers(data.validation) == [0, 1]
+    with pytest.raises(UsageError, match="must be more than 2, the validation rows, and at most 8"):
+        divide(images | {"test": images_of([0])}, ["a", "b"], 2, None, seed=0)
+
+
+def test_a_fifth_of_the_labeled_rows_is_held_out_where_no_number_is_given():
+    data = divide({"train": images_of([0, 1] * 20), "test": images_of([0])}, ["a", "b"], 20, None, seed=0)
+    assert (len(data.validation), len(data.labeled), len(data.teacher)) == (4, 16, 36)
 
 
 # ---- what is refused, in one line ----
@@ -418,7 +425,7 @@ def test_without_a_split_every_row_needs_a_label(parquet, tmp_path, capsys):
         ("lenet5", "lenet5-small", ["--losses", "{kl: {heat: 1}}"], "kl: .*heat"),
         ("lenet5", "lenet5-small", ["--losses", "kl"], "--losses must be such as"),
         ("lenet5", "lenet5-small", ["--losses", "{kl: 0.5}"], "kl must be settings such as .*, got 0.5"),
-        ("lenet5", "lenet5-small", ["--image_size", "9999999"], "of train would take 3,000,000 GB"),
+        ("lenet5", "lenet5-small", ["--image_size", "10000000"], "of train would take 3,000,000 GB"),
         ("lenet5", "lenet5-small", ["--losses", "{kl: {"], "not valid YAML"),
         ("lenet5", "lenet5-small", ["--labeled", "31"], "at most 30, all rows with labels; got 31"),
         ("lenet5", "lenet5-small", ["--validation", "30"], "leaves no training row of the 30 labeled ones"),
