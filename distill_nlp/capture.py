@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 from transformers.utils import output_capturing
 
+from distill_nlp.losses.base import depth_of
 from distill_nlp.outputs import AttentionInputs, Features
 
 ATTENTION_NAME = "distill_nlp_sdpa"
@@ -207,7 +208,7 @@ def forward_with_features(
                 f"{max(hidden_state_layers)}"
             )
         _check_depth(model, len(all_states) - 1, "hidden states after that of the embeddings")
-        hidden_states = {layer: all_states[layer] for layer in hidden_state_layers}
+        hidden_states = {layer: _as_positions(all_states[layer]) for layer in hidden_state_layers}
     if missing := attention_layers - collector.attentions.keys():
         raise ValueError(
             f"{name} made {collector.calls} calls of its attention function, but a loss reads layers "
@@ -218,9 +219,14 @@ def forward_with_features(
     return Features(logits_of(outputs), hidden_states, collector.attentions)
 
 
+def _as_positions(states: torch.Tensor) -> torch.Tensor:
+    """States as a sequence: (B, H, rows, columns), channels first as convolutions give them -> (B, S, H)."""
+    return states.flatten(2).transpose(1, 2) if states.dim() > 3 else states
+
+
 def _check_depth(model: Callable[..., Any], count: int, what: str) -> None:
     """The n-th hidden state or call is taken for layer n, as the layer mapping counts them: by the config."""
-    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    depth = depth_of(getattr(model, "config", None))
     if depth is not None and count != depth:
         raise ValueError(
             f"{type(model).__name__} made {count} {what}, but its config says num_hidden_layers={depth}, so that its "

@@ -46,7 +46,7 @@ def load_weights(student: nn.Module, objective: DistillationObjective, folder: s
     """
     objective_weights = os.path.join(folder, OBJECTIVE_WEIGHTS_NAME)
     try:
-        _load_student(student, folder)
+        load_student(student, folder)
         if os.path.isfile(objective_weights):
             objective.load_state_dict(load_file(objective_weights), strict=True)
         elif objective.state_dict():
@@ -55,16 +55,39 @@ def load_weights(student: nn.Module, objective: DistillationObjective, folder: s
         raise ValueError(f"cannot load the checkpoint {folder}: {error}") from error
 
 
-def _load_student(student: Any, folder: str) -> None:
+def load_student(student: Any, folder: str) -> None:
+    """Reads what `save_student` wrote, strictly.
+
+    Raises:
+        RuntimeError, ValueError: there are no weights, or those of another model.
+    """
     weights = os.path.join(folder, SAFE_WEIGHTS_NAME)
     if is_peft_model(student):
         _load_adapter(student, os.path.join(folder, ADAPTER_SAFE_WEIGHTS_NAME))
     elif os.path.isfile(weights):
-        load_model(student, weights, strict=True)
+        try:
+            load_model(student, weights, strict=True)
+        except RuntimeError:
+            if not isinstance(student, PreTrainedModel) or not _load_renamed(student, folder):
+                raise
     elif os.path.isfile(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)):
         load_sharded_checkpoint(student, folder, strict=True)
     else:
         raise ValueError(f"no {SAFE_WEIGHTS_NAME} there")
+
+
+def _load_renamed(student: PreTrainedModel, folder: str) -> bool:
+    """Loads by Transformers' own loader; whether all of the weights fitted.
+
+    Where Transformers has renamed a model's parameters, it saves them under their older names, which it alone knows.
+    """
+    loaded, info = type(student).from_pretrained(
+        folder, dtype=student.dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if any(info.values()):
+        return False
+    student.load_state_dict(loaded.state_dict(), strict=True)
+    return True
 
 
 def _load_adapter(student: Any, path: str) -> None:

@@ -83,8 +83,8 @@ class TrainingJob:
         losses, weights, teacher: as `DistillationTrainer` takes them.
         train, validation: tokenized rows.
         arguments: of the Trainer.
-        tokenizer: saved with the model.
-        max_length: of the rows, in tokens.
+        tokenizer: or another processor, saved with the model.
+        max_length: of the rows, in tokens, where they are texts.
         callbacks: of the Trainer, beside those of the stage.
     """
 
@@ -96,8 +96,8 @@ class TrainingJob:
     train: Any
     validation: Any
     arguments: DistillationArguments
-    tokenizer: Any
-    max_length: int
+    tokenizer: Any = None
+    max_length: int = 0
     teacher: Teacher | TeacherEnsemble | CachedTeacher | None = None
     weights: dict[str, Setting] | None = None
     callbacks: Sequence[TrainerCallback] = ()

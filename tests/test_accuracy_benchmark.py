@@ -7,11 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from scipy.stats import t as distribution
 
 from distill_nlp.cli import main
+from distill_nlp.report.statistics import mcnemar
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "accuracy"
 
@@ -20,7 +23,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "accuracy"
 def bench(monkeypatch):
     """The modules of the benchmark by name; its trainings run in this process."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    modules = {name: importlib.import_module(name) for name in ("scores", "table", "run")}
+    modules = {name: importlib.import_module(name) for name in ("scores", "table", "run", "images")}
 
     def in_this_process(command, check, env, cwd):
         assert main(command[3:]) == 0
@@ -157,6 +160,44 @@ def test_a_row_counts_once_however_many_seeds_saw_it(bench):
 def test_the_same_answers_are_no_difference(bench):
     pooled, each = _Known(bench["scores"], [[True, False]], [[True, False]]).scores.against_baseline("recipe")
     assert (pooled, each) == (1.0, [1.0])
+
+
+@pytest.mark.slow
+def test_the_table_of_images_is_that_of_the_examples_predictions(bench, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    (tmp_path / "mnist").mkdir()
+    for split, rows in (("train", 1100), ("test", 40)):
+        images = pa.array([rng.bytes(16 * 16) for _ in range(rows)], type=pa.binary(256))
+        table = pa.table({"image": images, "label": pa.array(rng.integers(0, 3, rows))})
+        pq.write_table(table, tmp_path / "mnist" / f"{split}.parquet")
+    results = tmp_path / "RESULTS.md"
+    results.write_text("above\n<!-- images: begin -->\na former table\n<!-- images: end -->\nbelow\n")
+    monkeypatch.setattr(bench["images"], "RESULTS", results)
+    monkeypatch.setattr(bench["images"], "REPOSITORY", tmp_path)
+    monkeypatch.syspath_prepend(str(FOLDER.parents[1] / "examples"))
+    example = importlib.import_module("distill_image_classifier")
+
+    def in_this_process(command):
+        return SimpleNamespace(returncode=example.main(command[2:]))
+
+    monkeypatch.setattr(bench["images"].subprocess, "run", in_this_process)
+    places = ["--data", str(tmp_path), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr("sys.argv", ["images.py", *places, "--seeds", "0,1", "--max_steps", "2", "--write"])
+    bench["images"].main()
+    text = results.read_text()
+    assert text.startswith("above\n<!-- images: begin -->\n```\npython benchmarks/accuracy/images.py --data DATA ")
+    assert text.endswith("<!-- images: end -->\nbelow\n")
+    assert "a former table" not in text
+    kept = np.load(tmp_path / "work" / "predictions.npz")
+    right = {name: kept[name].argmax(1) == kept["labels"] for name in kept.files if name != "labels"}
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert f"| {right['teacher'].mean():.4f} |" in rows["teacher"]
+    for name, kind in (("baseline", "baseline"), ("ce + kl", "student")):
+        means = [right[f"{kind}/{seed}"].mean() for seed in (0, 1)]
+        assert f"{np.mean(means):.4f} ± {np.std(means, ddof=1):.4f}" in rows[name]
+        assert "| 2 |" in rows[name]
+    each = [mcnemar(right[f"student/{seed}"], right[f"baseline/{seed}"])["p_value"] for seed in (0, 1)]
+    assert f"{each[0]:.1g}, {each[1]:.1g}" in rows["ce + kl"]
 
 
 def test_a_file_without_marks_is_not_written(bench, tmp_path):

@@ -27,9 +27,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AlbertConfig,
     AttentionInterface,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BartConfig,
     BartModel,
+    ConvNextConfig,
     DebertaConfig,
     DebertaV2Config,
     ElectraConfig,
@@ -37,6 +39,7 @@ from transformers import (
     ModernBertConfig,
     MPNetConfig,
     Qwen2Config,
+    ResNetConfig,
     RobertaConfig,
     XLMRobertaConfig,
 )
@@ -670,6 +673,27 @@ def test_hidden_states_of_models_with_a_loop_of_their_own(family):
     for layer, states in found.hidden_states.items():
         torch.testing.assert_close(states, expected.hidden_states[layer], rtol=0, atol=0)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("family", [ResNetConfig, ConvNextConfig])
+def test_states_of_stages_are_read_as_sequences_of_positions(family, training):
+    config = family(num_channels=1, depths=[1, 2], hidden_sizes=[4, 6], num_stages=2, embedding_size=4)
+    model = seeded(0, lambda: AutoModelForImageClassification.from_config(config)).train(training)
+    inputs = {"pixel_values": torch.randn(3, 1, 32, 64, generator=torch.Generator().manual_seed(0))}
+    assert ModelShape.from_config(config).num_layers == 2
+    features = forward_with_features(model, inputs, {1, 2}, set())
+    maps = model.train(False)(**inputs, output_hidden_states=True).hidden_states if not training else None
+    for layer, width in ((1, 4), (2, 6)):
+        states = features.hidden_states[layer]
+        assert states.shape[0] == 3
+        assert states.shape[2] == width
+        if maps is not None:
+            _, _, rows, columns = maps[layer].shape
+            assert columns == 2 * rows
+            # A position is one place of the map, row by row, with all of its channels.
+            assert torch.equal(states[1, columns + 2], maps[layer][1, :, 1, 2])
+            assert states.shape[1] == rows * columns
 
 
 @pytest.mark.parametrize("wrap", ["plain", "compiled", "peft"])

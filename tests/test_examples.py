@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from helpers import make_student, make_teacher, make_tokenizer
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 # The server is run by test_serving.py.
@@ -29,7 +31,18 @@ def local_imdb(folder: Path) -> list[str]:
     return [word for option, name in names.items() for word in (option, str(folder / name))] + ["--max_length", "16"]
 
 
+def images(folder: Path) -> list[str]:
+    """A folder of two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        path = folder / "images" / ("dark", "bright")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 100, (20, 20, 3), dtype=np.uint8) + np.uint8(100 * (i % 2))).save(path)
+    return ["--data", str(folder / "images")]
+
+
 ARGUMENTS = {
+    "distill_image_classifier.py": images,
     "distill_imdb.py": local_imdb,
     "custom_loss.py": lambda folder: [],
     "bert_to_bilstm.py": lambda folder: ["--seeds", "0"],

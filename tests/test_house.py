@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,13 @@ def test_a_module_is_of_a_length_to_be_read(name):
 @EACH
 def test_no_assert_that_python_minus_o_takes_out(name):
     assert [node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.Assert)] == []
+
+
+@EACH
+def test_no_module_knows_of_images(name):
+    # They are distilled by examples/distill_image_classifier.py: the package looks at outputs, not at what is read.
+    text = MODULES[name].read_text(encoding="utf-8").casefold()
+    assert not {"image", "pixel", "pillow", "torchvision"} & set(re.findall("[a-z]+", text))
 
 
 @EACH

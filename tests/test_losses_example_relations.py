@@ -326,3 +326,15 @@ def test_the_angle_at_a_text_is_that_of_the_triangle():
     equilateral = torch.tensor([[0.0, 0], [1, 0], [0.5, math.sqrt(0.75)]])
     expected = (0.5**2 + 2 * (math.sqrt(0.5) - 0.5) ** 2) / 2 / 3
     assert of_logits(RKDAngleLoss, right, equilateral).item() == pytest.approx(expected, rel=1e-5)
+
+
+@LOSSES
+def test_without_padding_two_models_may_have_positions_of_their_own(loss_class):
+    loss = bound(loss_class, layers=[[1, 2]], representation="mean")
+    student, teacher = {1: states(0, STUDENT.hidden_size)[1]}, {2: states(1, TEACHER.hidden_size)[2]}
+    shorter = {2: teacher[2][:, :3]}
+    found = call(loss, student, shorter, mask=None).item()
+    examples = [x.double().mean(dim=1) for x in (student[1], shorter[2])]
+    assert found == pytest.approx(REFERENCES[loss_class](*examples), rel=1e-4)
+    with pytest.raises(ValueError, match="token by token"):
+        call(loss, student, shorter, mask=torch.ones(student[1].shape[:2], dtype=torch.long))

@@ -67,7 +67,8 @@ def _command(options: argparse.Namespace) -> str:
     """What to type for these tables, with names in the place of this machine's folders."""
     lists = {"sets": options.sets, "recipes": options.recipes, "seeds": options.seeds}
     given = [f"--{name} {','.join(map(str, values))}" for name, values in lists.items()]
-    return " ".join(["--data DATA --teacher CHECKPOINT --work DIR", *given, f"--jobs {options.jobs}"])
+    command = "python benchmarks/accuracy/run.py --data DATA --teacher CHECKPOINT --work DIR"
+    return " ".join([command, *given, f"--jobs {options.jobs}"])
 
 
 def _listed(known: list[str]) -> Any:

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import ttest_1samp
 
 from distill_nlp.config_file import load_experiment
 from distill_nlp.inference import predict_logits
 from distill_nlp.loading import load_classifier
 from distill_nlp.materials import Materials
 from distill_nlp.report.scores import right_rows, scores
-from distill_nlp.report.statistics import mcnemar
+from distill_nlp.report.statistics import mcnemar, paired_over_seeds
 
 
 @dataclass
@@ -85,16 +84,13 @@ class SetScores:
     def against_baseline(self, recipe: str) -> tuple[float, list[float]]:
         """The p-value over all seeds, and McNemar's for each seed.
 
-        The first is a paired t-test over test rows of the difference, student right less baseline right, averaged over
-        seeds: so a row counts once, however many seeds saw it.
+        The first is of `paired_over_seeds`.
         """
         pairs = [
             (self.right(f"{recipe}/student/seed-{seed}"), self.right(f"base/baseline/seed-{seed}"))
             for seed in self.seeds
         ]
-        difference = np.mean([student.astype(float) - baseline for student, baseline in pairs], axis=0)
-        pooled = float(ttest_1samp(difference, 0.0).pvalue) if difference.any() else 1.0
-        return pooled, [mcnemar(student, baseline)["p_value"] for student, baseline in pairs]
+        return paired_over_seeds(pairs), [mcnemar(student, baseline)["p_value"] for student, baseline in pairs]
 
     def stages(self, kind: str) -> list[dict[str, Any]]:
         """The records of all stages, phases too, of `base/baseline` or `RECIPE/student`."""

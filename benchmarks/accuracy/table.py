@@ -10,19 +10,22 @@ from scores import SetScores
 
 from distill_nlp.report.statistics import gap_closed
 
-BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 
+def write_section(sets: list[SetScores], results: Path, command: str | None, mark: str = "accuracy") -> str:
+    """The tables of all sets; with the command that made them, also put between its marks in the results' file.
 
-def write_section(sets: list[SetScores], results: Path, arguments: str | None) -> str:
-    """The tables of all sets; with the arguments that made them, also put between the marks of the results' file."""
+    Raises:
+        SystemExit: the file has no such marks.
+    """
     text = "\n\n".join(_table(scores) for scores in sets)
-    if arguments is not None:
-        before, _, rest = results.read_text(encoding="utf-8").partition(BEGIN)
-        _, found, after = rest.partition(END)
+    if command is not None:
+        begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+        before, _, rest = results.read_text(encoding="utf-8").partition(begin)
+        _, found, after = rest.partition(end)
         if not found:
-            raise SystemExit(f"{results} has no lines {BEGIN} and {END} to put the tables between")
-        body = f"```\npython benchmarks/accuracy/run.py {arguments}\n```\n\n{text}"
-        results.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+            raise SystemExit(f"{results} has no lines {begin} and {end} to put the tables between")
+        body = f"```\n{command}\n```\n\n{text}"
+        results.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
     return text
 
 

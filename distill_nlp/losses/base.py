@@ -26,7 +26,8 @@ class ModelShape:
     """What a loss must know of a model to size its own parameters.
 
     Args:
-        num_layers: number of transformer blocks, None where the model has no such thing.
+        num_layers: number of transformer blocks, or of stages where it is built of those; None where the model has no
+            such thing.
         hidden_size: width of its hidden states, or None.
         num_attention_heads: or None.
         num_labels: number of logits.
@@ -48,10 +49,17 @@ class ModelShape:
         return cls(
             num_labels=config.num_labels,
             problem_type=problem_type,
-            num_layers=getattr(config, "num_hidden_layers", None),
+            num_layers=depth_of(config),
             hidden_size=getattr(config, "hidden_size", None),
             num_attention_heads=getattr(config, "num_attention_heads", None),
         )
+
+
+def depth_of(config: Any) -> int | None:
+    """The layers that a model of this config counts: its blocks, or the stages whose `depths` it lists; or None."""
+    depth = getattr(config, "num_hidden_layers", None)
+    stages = getattr(config, "depths", None)
+    return len(stages) if depth is None and stages is not None else depth
 
 
 class DistillationLoss(nn.Module):
@@ -191,14 +199,17 @@ def pooled(
     """One vector per row, of a pair of layers: `(B, H_student)`, and detached `(B, H_teacher)`, at least float32.
 
     Raises:
-        ValueError: the two models answered different rows, or saw different tokens where the teacher's are not pooled.
+        ValueError: the two models answered different rows, or saw different tokens where the teacher's are not pooled
+            and there is a mask.
     """
     pool = POOLINGS[loss.pooling]
     x = upcast(pool(student.hidden_states[pair[0]], mask))
     target = teacher.pooled.get((pair[1], loss.pooling))
     if target is None:
         states = teacher.hidden_states[pair[1]]
-        check_same_tokens(loss, student.hidden_states[pair[0]].shape, states.shape, dim=1)
+        if mask is not None:
+            # One mask for both. Without padding, each may have positions of its own.
+            check_same_tokens(loss, student.hidden_states[pair[0]].shape, states.shape, dim=1)
         target = pool(states, mask)
     if len(x) != len(target):
         raise ValueError(f"the student answered {len(x)} rows, the teacher {len(target)}")

@@ -83,5 +83,5 @@ def machine_line(report: dict[str, Any]) -> str:
     how = f" Memory of a pass: {memory['how']}, beside the weights, at the longest rows." if memory["how"] else ""
     return (
         f"Speed on {machine['name']} ({machine['device']}, {machine['threads']} threads), models in turns on the same "
-        f"rows at their real lengths, without tokenization.{how}"
+        f"rows at their real lengths, without preparing these.{how}"
     )

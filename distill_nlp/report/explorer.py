@@ -29,7 +29,7 @@ class Example:
         teacher_probability, student_probability: of what each named, for several labels of the row's least certain
             class.
         bucket: index of the length's.
-        length: tokens of the whole text.
+        length: tokens of the whole text; None of a row that is no text.
         truncated: whether it does not read all of the text.
         students_right: seeds of the student that are right here.
     """
@@ -43,7 +43,7 @@ class Example:
     teacher_probability: float
     student_probability: float
     bucket: int
-    length: int
+    length: int | None
     truncated: bool
     students_right: int
 
@@ -119,7 +119,9 @@ def listed(
             -(t + s),
         ),
     ]
-    bucket = bucket_of(rows.lengths, length_buckets(rows.lengths))
+    bucket = np.zeros(len(labels), dtype=int)
+    if rows.lengths is not None:
+        bucket = bucket_of(rows.lengths, length_buckets(rows.lengths))
     found = []
     for name, title, rule, inside, order in parts:
         places = np.flatnonzero(inside)
@@ -179,8 +181,8 @@ def _example(
         classes,
         *sure,
         int(bucket[i]),
-        int(rows.lengths[i]),
-        bool(rows.truncated[i]),
+        None if rows.lengths is None else int(rows.lengths[i]),
+        rows.truncated is not None and bool(rows.truncated[i]),
         int(students_right[i]),
     )
 

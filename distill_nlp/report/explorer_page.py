@@ -14,13 +14,13 @@ MOST_CHARACTERS = 4000
 """Of a text in the page."""
 
 
-def explorer(lists: list[Listed], label_names: list[str], lengths: np.ndarray, seeds: int) -> list[str]:
+def explorer(lists: list[Listed], label_names: list[str], lengths: np.ndarray | None, seeds: int) -> list[str]:
     """The section with its search, filters and lists.
 
     Args:
         lists: to show.
         label_names: of all classes, by index.
-        lengths: of all test rows, in tokens.
+        lengths: of all test rows, in tokens; None of rows that are no texts, which have no filters by length.
         seeds: number of students.
     """
     buttons = "".join(
@@ -29,22 +29,29 @@ def explorer(lists: list[Listed], label_names: list[str], lengths: np.ndarray, s
     )
     # By number: names may hold anything.
     classes = "".join(f'<option value="{i}">{escape(name)}</option>' for i, name in enumerate(label_names))
-    buckets = "".join(
-        f'<option value="{i}">{low} to {high} tokens</option>' for i, (low, high) in enumerate(length_buckets(lengths))
-    )
+    what = "names" if lengths is None else "texts"
     return [
         "<h2>Examples</h2>",
         '<div id="explorer">',
         f'<div class="tools" hidden>{buttons}</div>',
         '<div class="tools filters" hidden>',
-        '<input type="search" name="search" placeholder="Search the texts" aria-label="Search the texts">',
+        f'<input type="search" name="search" placeholder="Search the {what}" aria-label="Search the {what}">',
         f'<select name="class" aria-label="Class"><option value="">all classes</option>{classes}</select>',
-        f'<select name="bucket" aria-label="Length"><option value="">all lengths</option>{buckets}</select>',
-        '<select name="cut" aria-label="Truncation"><option value="">whole and cut</option>'
-        '<option value="0">read whole</option><option value="1">cut</option></select>',
+        *([] if lengths is None else _length_filters(lengths)),
         "</div>",
         *(line for part in lists for line in _list(part, label_names, seeds)),
         "</div>",
+    ]
+
+
+def _length_filters(lengths: np.ndarray) -> list[str]:
+    buckets = "".join(
+        f'<option value="{i}">{low} to {high} tokens</option>' for i, (low, high) in enumerate(length_buckets(lengths))
+    )
+    return [
+        f'<select name="bucket" aria-label="Length"><option value="">all lengths</option>{buckets}</select>',
+        '<select name="cut" aria-label="Truncation"><option value="">whole and cut</option>'
+        '<option value="0">read whole</option><option value="1">cut</option></select>',
     ]
 
 
@@ -68,6 +75,7 @@ def _example(example: Example, label_names: list[str], seeds: int) -> str:
     index = {name: i for i, name in enumerate(label_names)}
     classes = json.dumps([index[name] for name in example.classes])
     cut = ' <span class="tag">cut</span>' if example.truncated else ""
+    length = "" if example.length is None else f"<span>{example.length} tokens{cut}</span>"
     of_seeds = f"<span>{example.students_right} of {seeds} students right</span>" if seeds > 1 else ""
     rest = len(example.text) - MOST_CHARACTERS
     more = f'<span class="quiet"> … {rest:,} more characters</span>' if rest > 0 else ""
@@ -77,6 +85,6 @@ def _example(example: Example, label_names: list[str], seeds: int) -> str:
         f"<span>label <b>{escape(example.label)}</b></span>"
         f"{named('teacher', example.teacher, example.teacher_probability)}"
         f"{named('student', example.student, example.student_probability)}{of_seeds}"
-        f"<span>{example.length} tokens{cut}</span></header>"
+        f"{length}</header>"
         f'<div class="text">{escape(example.text[:MOST_CHARACTERS])}{more}</div></article>'
     )

@@ -13,7 +13,8 @@
 
   function show() {
     const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const label = $("class").value, bucket = $("bucket").value, cut = $("cut").value;
+    // Rows without lengths have no filters by them.
+    const label = $("class").value, bucket = $("bucket")?.value, cut = $("cut")?.value;
     const counts = {};
     for (const { node, text, classes } of examples) {
       const fits =

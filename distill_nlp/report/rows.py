@@ -20,17 +20,17 @@ class TestRows:
     """The test rows, in order.
 
     Args:
-        texts: as they stand in the data; of a pair, both with " ⇥ " between.
-        lengths: tokens of the whole text in the student's vocabulary.
-        truncated: whether the student does not read all of the text.
+        texts: as they stand in the data; of a pair, both with " ⇥ " between. Of rows that are no texts, their names.
+        lengths: tokens of the whole text in the student's vocabulary; None of rows that are no texts.
+        truncated: whether the student does not read all of the text; None likewise.
     """
 
     # pytest would take the name for a class of tests.
     __test__ = False
 
     texts: list[str]
-    lengths: np.ndarray
-    truncated: np.ndarray
+    lengths: np.ndarray | None = None
+    truncated: np.ndarray | None = None
 
 
 def read_rows(raw: Any, tokenized: Any, tokenizer: Any) -> TestRows:
@@ -78,8 +78,11 @@ def slices(rows: TestRows, logits: dict[str, np.ndarray], labels: np.ndarray, se
         seeds: over which baseline and student are averaged.
 
     Returns:
-        For each slice `by` ("length", "truncated"), its `name`, the number of `rows`, and a score of each model.
+        For each slice `by` ("length", "truncated"), its `name`, the number of `rows`, and a score of each model; none
+        of rows without lengths.
     """
+    if rows.lengths is None:
+        return []
     buckets = length_buckets(rows.lengths)
     places = bucket_of(rows.lengths, buckets)
     parts = [("length", _span(*bucket), places == i) for i, bucket in enumerate(buckets)]

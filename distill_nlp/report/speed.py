@@ -48,7 +48,7 @@ class Run:
 def measure_speed(
     timed: Mapping[str, Sequence[Timed]], settings: ReportSection, device: Any
 ) -> dict[str, dict[str, Any]]:
-    """Times forward passes on real rows at their real lengths; tokenization is not in it. Then their memory.
+    """Times forward passes on real rows at their real lengths; preparing them is not in it. Then their memory.
 
     Latency: one row at a time, the same rows for each model, in turns. Throughput: batches of
     `throughput_batch_size` rows padded to the longest, in turns. Memory: one batch of that size of the longest rows.
@@ -89,7 +89,8 @@ def measure_speed(
 def _most_memory(runs: Sequence[Timed], size: int, device: Any) -> dict[str, Any]:
     found = []
     for run in runs:
-        lengths = [len(row["input_ids"]) for row in run.rows]
+        # Rows that are no texts are all of one length.
+        lengths = [len(row.get("input_ids", ())) for row in run.rows]
         longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:size]
         found.append(pass_memory(lambda run=run, part=longest: run.seconds(part, device), device))
     return {"rows": min(size, len(runs[0].rows)), **max(found, key=lambda memory: memory["mb"] or 0.0)}

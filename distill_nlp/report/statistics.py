@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from distill_nlp.metrics import f1
 
@@ -30,6 +30,26 @@ def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> dict[str, Any]:
     b_only = int(np.sum(b_right & ~a_right))
     p_value = float(binomtest(a_only, a_only + b_only).pvalue) if a_only + b_only else 1.0
     return {"a_only": a_only, "b_only": b_only, "p_value": p_value}
+
+
+def paired_over_seeds(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Two-sided p-value of a paired t-test over rows, of the difference averaged over seeds.
+
+    A row counts once, however many seeds saw it.
+
+    Args:
+        pairs: of each seed, which rows the one model has right and which the other: two `(N,)` booleans.
+
+    Returns:
+        1 where the two never differ.
+
+    Example:
+        >>> right, wrong = np.array([True, True, False]), np.array([True, False, False])
+        >>> round(paired_over_seeds([(right, wrong), (right, wrong)]), 3)
+        0.423
+    """
+    difference = np.mean([one.astype(float) - other for one, other in pairs], axis=0)
+    return float(ttest_1samp(difference, 0.0).pvalue) if difference.any() else 1.0
 
 
 def bootstrap_means(columns: np.ndarray, samples: int, seed: int = 0) -> np.ndarray:
