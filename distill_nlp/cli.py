@@ -20,7 +20,7 @@ from distill_nlp.cli_results import add_results
 from distill_nlp.cli_settings import add_settings, dotted, positive, value_of
 from distill_nlp.config import STAGES, LossSection
 from distill_nlp.config_file import leaves, load_experiment
-from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.errors import DistillError, UsageError, one_line
 
 _LOSS_HELP = (
     "Values are YAML; defaults stand in brackets. Any setting of `training` can be given for the teacher alone, as "
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.debug:
             raise
         if isinstance(error, DistillError):
-            message, code = str(error), error.exit_code
+            message, code = "\n".join(map(one_line, error.lines)), error.exit_code
         else:
-            text = " ".join(str(error).split())
+            text = one_line(" ".join(str(error).split()))
             message, code = f"{type(error).__name__}: {text} (--debug shows the traceback)", 1
         # What is wrong with the settings is the same on all ranks; what fails may fail on one.
         if _is_main_rank():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def quiet(debug: bool) -> None:
     if not debug:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        datasets.logging.set_verbosity_error()
+        # An error of theirs is logged and raised; the command says it, once.
+        datasets.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty() or not is_main_rank():
         datasets.disable_progress_bars()
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from distill_nlp.config_training import TrainingSection, did_you_mean, mistake
+from distill_nlp.config_checks import did_you_mean, folder_name, mistake, no_truth_value
+from distill_nlp.config_training import TrainingSection
 
 STAGES = ("teacher", "baseline", "student", "report")
 CONFIG_FILE = "config.json"
@@ -24,11 +25,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
+    _numbers = field_validator("*", mode="before")(classmethod(no_truth_value))
+
 
 class DataSection(Section):
     """Where the examples come from, and how they become tokens."""
 
     dataset: str = Field(
+        min_length=1,
         description="Hub id, or a local folder with one file or sub-folder per split (csv, tsv, json, jsonl, parquet, "
         f"txt in one folder per label), or a `save_to_disk` folder, or `{SYNTHETIC}`"
     )
@@ -45,6 +49,7 @@ class DataSection(Section):
     label_names: list[str] | None = Field(None, min_length=2, description="names of the classes, by index")
     tokenizer: str | None = Field(
         None,
+        min_length=1,
         description="the student's: Hub id or folder; where not given, that of student.model, else the teacher's; "
         f"`{TRAIN_TOKENIZER}` trains a WordPiece vocabulary on the texts",
     )
@@ -67,7 +72,7 @@ class DataSection(Section):
 class TeacherMember(Section):
     """One teacher: a checkpoint, or a config for one from scratch."""
 
-    model: str | None = Field(None, description="Hub id or folder: a finished classifier, or what one is made from")
+    model: str | None = Field(None, min_length=1, description="Hub id or folder: a finished classifier, or what one is made from")
     revision: str | None = Field(None, description="commit, tag or branch of the model on the Hub")
     config: dict[str, Any] | None = Field(None, description="instead of model: {model_type: bert, ...}, from scratch")
     overrides: dict[str, Any] = Field({}, description="settings of the model's config to change")
@@ -152,7 +157,7 @@ class FromTeacher(Section):
 class StudentSection(Section):
     """The student: a checkpoint, a config for one from scratch, or layers of the teacher."""
 
-    model: str | None = Field(None, description="Hub id or folder of a checkpoint")
+    model: str | None = Field(None, min_length=1, description="Hub id or folder of a checkpoint")
     revision: str | None = Field(None, description="commit, tag or branch of the model on the Hub")
     config: dict[str, Any] | None = Field(None, description="{model_type: distilbert, dim: 64, ...}, from scratch")
     from_teacher: FromTeacher | None = Field(None, description="copies of the teacher's layers")
@@ -255,6 +260,8 @@ class Experiment(Section):
         "{num_train_epochs: 2}}, {losses: {kl: {}}}]; what a phase does not give is the experiment's",
     )
     report: ReportSection = Field(default_factory=ReportSection)
+
+    _can_be_folders = field_validator("output_dir", "cache_dir")(folder_name)
 
     @field_validator("seeds")
     @classmethod

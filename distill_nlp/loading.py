@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from distill_nlp.data_files import first_line
+from distill_nlp.data_files import first_line, local_path
 from distill_nlp.errors import DistillError, UsageError
 
 
@@ -94,7 +94,7 @@ def _one_line(name: str) -> Iterator[None]:
         UsageError: the name is a folder, or looks like one, and there is nothing that loads.
         DistillError: it was looked for on the Hub.
     """
-    path = Path(name).expanduser()
+    path = local_path(name, "model")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise UsageError(f"no model folder {name}")
     try:

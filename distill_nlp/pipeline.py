@@ -19,6 +19,7 @@ from distill_nlp.materials import Materials
 from distill_nlp.report_stage import ReportStage
 from distill_nlp.stage_runner import StageRunner
 from distill_nlp.stage_training import Say, training_arguments
+from distill_nlp.output_folder import check_can_be_made
 from distill_nlp.stages import StageFolder, write_json
 from distill_nlp.student_stages import StudentStages
 from distill_nlp.teacher_stages import TeacherStages
@@ -40,6 +41,9 @@ class Pipeline:
     def __init__(self, experiment: Experiment, say: Say = lambda line: None) -> None:
         self.experiment = experiment
         self.root = Path(experiment.output_dir).expanduser()
+        for setting, folder in (("output_dir", self.root), ("cache_dir", experiment.cache_dir)):
+            if folder is not None:
+                check_can_be_made(Path(folder).expanduser(), setting)
         self.state = PartialState(cpu=experiment.training.use_cpu)
         self.materials = Materials(experiment)
         self.prints = Fingerprints(experiment, self.materials)

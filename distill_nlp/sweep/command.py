@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from distill_nlp.config_file import leaves, read_yaml
+from distill_nlp.config_file import leaves
 from distill_nlp.sweep.plan import SweepPlan
 
 
