@@ -62,6 +62,7 @@ def label_names(train: Any, config: DataSection) -> list[str]:
     if known:
         return known
     labels = train["labels"]
+    _refuse_no_labels(labels, several, config.train_split)
     names = _names_from({label for row in labels for label in row or ()} if several else set(labels), config)
     if several and len(names) < 2:
         raise UsageError(
@@ -121,6 +122,7 @@ def with_labels(dataset: Any, config: DataSection, split: str, names: list[str])
             hint = "; [] says that none applies" if problem_type_of(dataset) == MULTI_LABEL else ""
             raise UsageError(f"data: row {row} of the split {split!r} has no label in {config.label_column}{hint}")
     index = {name: i for i, name in enumerate(names)}
+    _refuse_no_labels(values, problem_type_of(dataset) == MULTI_LABEL, split)
     _refuse_mixed(values, split)
     if problem_type_of(dataset) == MULTI_LABEL:
         _refuse_vectors(values, split)
@@ -136,6 +138,16 @@ def with_labels(dataset: Any, config: DataSection, split: str, names: list[str])
         labels.append(_index_of(int(value) if isinstance(value, bool) else value, _where(split, row), index))
     plain = dataset.remove_columns("labels").add_column("labels", labels)
     return plain.cast_column("labels", ClassLabel(names=names))
+
+
+def _refuse_no_labels(values: Iterable[Any], several: bool, split: str) -> None:
+    """Lists and objects, which can be no label; what else is wrong with a label is said where it is mapped."""
+    for row, value in enumerate(values):
+        for label in value or () if several else [value]:
+            if isinstance(label, list | dict) or (several and label is None):
+                hint = _LISTS if several else "a class is a whole number or a string"
+                among = " among its labels" if several else " for a label"
+                raise UsageError(f"{_where(split, row)} has {shown(label)} ({type(label).__name__}){among}; {hint}")
 
 
 def _refuse_mixed(values: list[Any], split: str) -> None:

@@ -29,7 +29,6 @@ def table(part: str = "") -> int:
             outcome = run(case, here, models)
             tried[case.category] += 1
             seconds[case.category] += outcome.seconds
-            if outcome.seconds > 1.0: print("SLOW", case.name, round(outcome.seconds,1))
             if found := complaints(case, outcome):
                 print(f"{case.category}: {case.name}: {'; '.join(found)}", file=sys.stderr)
             else:

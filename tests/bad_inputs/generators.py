@@ -14,6 +14,7 @@ import helpers
 import pandas as pd
 import safetensors.torch
 import torch
+import yaml
 
 
 def _file(here: Path, path: str) -> Path:
@@ -174,6 +175,7 @@ def model(
     nan: bool = False,
     swapped: bool = False,
     rebuild: str | None = None,
+    without: tuple[str, ...] = (),
 ) -> None:
     """A copy of a checkpoint with something about it changed.
 
@@ -187,6 +189,7 @@ def model(
         nan: makes one weight NaN.
         swapped: gives it a tokenizer with two entries in each other's place.
         rebuild: weights made anew by the changed config.
+        without: tensors that are taken out of the weights.
     """
     folder = here / to
     shutil.copytree(of, folder)
@@ -208,9 +211,11 @@ def model(
             (folder / name).write_text(json.dumps(kept), encoding="utf-8")
     if swapped:
         helpers.swapped_tokenizer().save_pretrained(folder)
-    if nan:
+    if nan or without:
         weights = safetensors.torch.load_file(folder / "model.safetensors")
-        next(iter(weights.values())).view(-1)[0] = float("nan")
+        if nan:
+            next(iter(weights.values())).view(-1)[0] = float("nan")
+        weights = {name: weight for name, weight in weights.items() if name not in without}
         safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if rebuild:
         helpers.make_teacher(**helpers.label_config(helpers.BINARY), **(settings or {})).save_pretrained(folder)
@@ -236,3 +241,10 @@ def malicious_model(here: Path, of: str) -> None:
     """A pickle for weights that writes a file when it is loaded."""
     model(here, of, drop=("model.safetensors",))
     (here / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Planted(here / "pwned")))
+
+
+def unfinished_run(here: Path, path: str) -> None:
+    """A run's folder that has its config and nothing else."""
+    settings = yaml.safe_load((here / "config.yaml").read_text(encoding="utf-8"))
+    (here / path).mkdir()
+    (here / path / "config.json").write_text(json.dumps(settings), encoding="utf-8")

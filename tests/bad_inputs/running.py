@@ -23,7 +23,7 @@ from bad_inputs import generators
 from bad_inputs.cases import Case
 from distill_nlp.cli import main
 
-LIMIT = 20
+LIMIT = 120
 """Seconds after which a case counts as a hang; beside long trainings everything takes several times as long."""
 
 
@@ -86,7 +86,7 @@ def base_config(case: Case, models: Path) -> dict[str, Any]:
 def prepare(case: Case, here: Path, models: Path) -> list[str]:
     """Lays out the case's folder; gives the words of its command."""
     shutil.copytree(models / case.base, here / "data")
-    filled = {"{here}": str(here), "{models}": str(models)}
+    filled = {"{here}": str(here), "{models}": str(models), "{words}": "w5 " * 200}
 
     def fill(value: Any) -> Any:
         if isinstance(value, str):
@@ -154,8 +154,12 @@ def complaints(case: Case, outcome: Outcome) -> list[str]:
         found.append("a traceback")
     lines = outcome.stderr.splitlines()
     if case.exit == 0:
+        # Of a valid input the only thing that must not be there is what malicious ones would write.
+        found += [f"it wrote {name}" for name in outcome.changed if name.endswith("pwned")]
         return found + [f"it says {line!r}" for line in lines if re.match(r"error|.*Error\b", line)]
-    said = [line for line in lines if not _PROGRESS.match(line) and not line.startswith("usage: ")]
+    lines = [line for line in lines if not _PROGRESS.match(line)]
+    # argparse shows how the command is used, on several lines, before it says what is wrong.
+    said = lines[-1:] if lines and lines[0].startswith("usage: ") else lines
     # Settings that are wrong together are a line each, below their number.
     together = re.search(r"(\d+) settings are wrong$", said[0]) if said else None
     if together and len(said) == 1 + int(together[1]) and all(line.startswith("  ") for line in said[1:]):
