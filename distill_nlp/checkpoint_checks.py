@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from distill_nlp.errors import shown
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def check_sizes(config: Any, where: str) -> None:

@@ -6,7 +6,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import BaseModel, ValidationInfo
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from distill_nlp.errors import shown
@@ -35,6 +35,14 @@ def mistake(name: str, value: Any, message: str) -> InitErrorDetails:
     # A template in braces would be filled in; the message is final.
     escaped = message.replace("{", "{{").replace("}", "}}")
     return InitErrorDetails(type=PydanticCustomError("value_error", escaped), loc=(name,), input=value)
+
+
+class Section(BaseModel):
+    """A block of settings; a name that it does not know is refused."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    _numbers = field_validator("*", mode="before")(classmethod(no_truth_value))
 
 
 def folder_name(name: str | None) -> str | None:

@@ -155,7 +155,9 @@ def _check_header(file: Path, separator: str) -> None:
     finally:
         csv.field_size_limit(limit)
     if len(names) > _MOST_COLUMNS:
-        raise UsageError(f"data: {file} has {len(names):,} columns, at most {_MOST_COLUMNS:,} are read; keep those needed")
+        raise UsageError(
+            f"data: {file} has {len(names):,} columns, at most {_MOST_COLUMNS:,} are read; keep those needed"
+        )
     if twice := next((name for i, name in enumerate(names) if name and name in names[:i]), None):
         raise UsageError(f"data: {file} names the column {shown(twice)} twice; keep one")
 

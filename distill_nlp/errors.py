@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from distill_nlp.hub.private import masked
+
 LONGEST_LINE = 1000
 """Characters; what a mistaken value is made of may be a megabyte."""
 
@@ -31,16 +33,16 @@ class UsageError(DistillError):
 
 
 def one_line(text: str, longest: int = LONGEST_LINE) -> str:
-    """A text as a single line that a terminal shows as it stands.
+    r"""A text as a single line that a terminal shows as it stands, without tokens.
 
     Line breaks become spaces and what is not printable (colours and cursor movements of a terminal among them) its
     escape; what is too long is cut in its middle, as the end often says what to do.
 
     Example:
-        >>> one_line("a\\nb\\x1b[31m")
-        'a b\\\\x1b[31m'
+        >>> one_line("a\nb\x1b[31m")
+        'a b\\x1b[31m'
     """
-    spaced = " ".join(text.split("\n")).replace("\t", " ")
+    spaced = " ".join(masked(text).split("\n")).replace("\t", " ")
     line = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in spaced)
     if len(line) <= longest:
         return line

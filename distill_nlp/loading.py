@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -28,16 +28,18 @@ from distill_nlp.checkpoint_checks import (
 from distill_nlp.data_files import first_line, local_path
 from distill_nlp.errors import DistillError, UsageError
 
-
 _trusts_code: ContextVar[bool] = ContextVar("trusts_code", default=False)
 
 
-def trust_remote_code(trusted: bool) -> None:
+def trust_remote_code(trusted: bool, say: Callable[[str], None] = lambda line: None) -> None:
     """Whether models and tokenizers that come with code of their own may run it; not unless this was called.
 
     Args:
         trusted: from here on, in this context.
+        say: gets a line where it is.
     """
+    if trusted:
+        say("trust_remote_code is on: code that comes with models and tokenizers is run as you")
     _trusts_code.set(trusted)
 
 
@@ -121,6 +123,8 @@ def load_tokenizer(name: str, revision: str | None = None, config: Any = None) -
     with _one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=_trusts_code.get())
         check_vocabulary(tokenizer)
+        # Of no use here, and saved under names that the checkpoint picks.
+        tokenizer.chat_template = None
     if config is not None:
         try:
             check_embeddings(tokenizer, config, name)

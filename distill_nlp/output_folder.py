@@ -23,4 +23,23 @@ def check_can_be_made(folder: Path, setting: str) -> None:
         what = "a link that leads nowhere" if there.is_symlink() else "a file"
         raise UsageError(f"{setting}: {there} is {what}, so {folder} cannot be a folder; name another one")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"{setting}: nothing may be written in {there}; name another folder, or change its permissions")
+        raise UsageError(f"{setting}: nothing may be written in {there}; name another folder, or change permissions")
+
+
+def check_no_way_out(root: Path) -> None:
+    """Refuses a run's folder in which a link leads out of it: what is written, renamed and removed there stays inside.
+
+    Args:
+        root: of the run; it may be a link itself.
+
+    Raises:
+        UsageError: with the link.
+    """
+    inside = os.path.realpath(root)
+    for pattern in ("*", "student/*", "baseline/*"):
+        for path in sorted(root.glob(pattern)):
+            if path.is_symlink() and not os.path.realpath(path).startswith(inside + os.sep):
+                raise UsageError(
+                    f"output_dir: {path} is a link that leads out of the run's folder; put what it leads to in its "
+                    "place, or name another folder"
+                )

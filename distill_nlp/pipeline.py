@@ -15,11 +15,12 @@ from distill_nlp.config import CONFIG_FILE, STAGES, Experiment
 from distill_nlp.doctor import Finding, compact_lines, examine, examine_teachers, guarded
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.fingerprints import Fingerprints
+from distill_nlp.loading import trust_remote_code
 from distill_nlp.materials import Materials
+from distill_nlp.output_folder import check_can_be_made, check_no_way_out
 from distill_nlp.report_stage import ReportStage
 from distill_nlp.stage_runner import StageRunner
 from distill_nlp.stage_training import Say, training_arguments
-from distill_nlp.output_folder import check_can_be_made
 from distill_nlp.stages import StageFolder, write_json
 from distill_nlp.student_stages import StudentStages
 from distill_nlp.teacher_stages import TeacherStages
@@ -44,10 +45,12 @@ class Pipeline:
         for setting, folder in (("output_dir", self.root), ("cache_dir", experiment.cache_dir)):
             if folder is not None:
                 check_can_be_made(Path(folder).expanduser(), setting)
+        check_no_way_out(self.root)
         self.state = PartialState(cpu=experiment.training.use_cpu)
         self.materials = Materials(experiment)
         self.prints = Fingerprints(experiment, self.materials)
         self.runner = StageRunner(experiment, self.materials, say)
+        trust_remote_code(experiment.trust_remote_code, partial(self.runner.say, "models"))
         self.teachers = TeacherStages(self.runner, self.prints)
         self.students = StudentStages(self.runner, self.prints)
         # What TrainingArguments refuse is refused before anything is loaded.

@@ -111,4 +111,5 @@ def model_from_config(config: dict[str, Any], settings: dict[str, Any]) -> PreTr
         raise
     # What a setting of a wrong kind or size leads to is each model's own: KeyError, ZeroDivisionError, RuntimeError.
     except Exception as error:
-        raise ValueError(f"config: no {model_type} can be made of it: {type(error).__name__}: {first_line(error)}") from None
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"config: no {model_type} can be made of it: {said}") from None

@@ -14,6 +14,7 @@ import yaml
 
 from distill_nlp.config_file import leaves
 from distill_nlp.sweep.plan import SweepPlan
+from distill_nlp.yaml_text import read_yaml
 
 
 def run_command(plan: SweepPlan, settings: Mapping[str, Any], output_dir: Path) -> str:

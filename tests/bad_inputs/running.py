@@ -58,7 +58,9 @@ def make_models(folder: Path) -> Path:
         "student": helpers.make_student(**binary),
         "three": helpers.make_teacher(),
         "topics": helpers.make_teacher(**several),
-        "backbone": helpers.make_teacher(id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1}).bert,
+        "backbone": helpers.make_teacher(
+            id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1}
+        ).bert,
     }
     for name, model in made.items():
         model.save_pretrained(folder / name)
@@ -210,7 +212,7 @@ def _captured() -> Iterator[dict[str, str]]:
     try:
         for name, number in descriptors.items():
             streams[name].flush()
-            files[name] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+            files[name] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
             os.dup2(files[name].fileno(), number)
             setattr(sys, name, os.fdopen(os.dup(number), "w", encoding="utf-8", errors="replace"))
         yield written
