@@ -188,7 +188,7 @@ def _one_line(name: str) -> Iterator[None]:
 
 def _said(error: Exception) -> str:
     said = first_line(error)
-    if "trust_remote_code" in said:
+    if "trust_remote_code" in str(error):
         return (
             "it comes with code of its own, which is not run unless you say that you trust it, by trust_remote_code: "
             "true in the config or --trust_remote_code"

@@ -86,8 +86,8 @@ def table(here: Path, path: str, columns: dict[str, list[Any]]) -> None:
 
 
 def repeated_table(here: Path, path: str, text: str, rows: int = 8, times: int = 1) -> None:
-    """Rows of one long text each, labeled in turns."""
-    texts = [f"w{10 + i} " + text * times for i in range(rows)]
+    """Rows labeled in turns, the first of one long text."""
+    texts = [f"w{10 + i} " + text * (times if i == 0 else 1) for i in range(rows)]
     pd.DataFrame({"text": texts, "label": [i % 2 for i in range(rows)]}).to_parquet(_file(here, path))
 
 
