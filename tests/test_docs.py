@@ -57,7 +57,9 @@ def test_the_layers_shown_are_those_that_are_mapped():
 @pytest.mark.parametrize(
     "page",
     ["README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md"]
-    + [f"docs/{name}.md" for name in ("export", "hub", "inputs", "losses", "reports", "students", "sweeps", "teachers")],
+    + [
+        f"docs/{name}.md" for name in ("export", "hub", "inputs", "losses", "reports", "students", "sweeps", "teachers")
+    ],
 )
 def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
