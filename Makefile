@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # On a machine that is shared, spinning OpenMP threads slow each other down; a passive wait does not.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format clean install
+.PHONY: demo test lint format audit lock clean install
 
 install: $(STAMP)
 
@@ -31,6 +31,12 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Known vulnerabilities of what is installed; the tool has an environment of its own.
+audit: install
+	test -x $(VENV)-audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet 'pip-audit>=2.7'
+	.ci/audit $(BIN)/python $(VENV)-audit/bin/pip-audit
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache

@@ -62,7 +62,7 @@ class ModelCandidate:
         if not is_classifier(self.config):
             raise UsageError(f"{name} is no classifier (its config names {self.config.architectures}); train one first")
         self.problem_type: ProblemType = ModelShape.from_config(self.config).problem_type
-        self._model, self._tokenizer = load_for_inference(name), load_tokenizer(name)
+        self._model, self._tokenizer = load_for_inference(name), load_tokenizer(name, config=self.config)
         allowed = [self._tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
         self._max_length = min(n for n in (max_length, *allowed) if n)
         self.rows: Sequence[dict[str, Any]] = []

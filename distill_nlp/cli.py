@@ -11,16 +11,16 @@ from typing import Any
 
 import distill_nlp
 from distill_nlp.cli_export import add_export, run_export
+from distill_nlp.cli_output import add_trust, show_report, trust_if_asked
 from distill_nlp.cli_output import is_main_rank as _is_main_rank
 from distill_nlp.cli_output import quiet as _quiet
-from distill_nlp.cli_output import show_report
 from distill_nlp.cli_output import to_stderr as _to_stderr
 from distill_nlp.cli_push import add_push
 from distill_nlp.cli_results import add_results
 from distill_nlp.cli_settings import add_settings, dotted, positive, value_of
 from distill_nlp.config import STAGES, LossSection
 from distill_nlp.config_file import leaves, load_experiment
-from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.errors import DistillError, UsageError, one_line
 
 _LOSS_HELP = (
     "Values are YAML; defaults stand in brackets. Any setting of `training` can be given for the teacher alone, as "
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.debug:
             raise
         if isinstance(error, DistillError):
-            message, code = str(error), error.exit_code
+            message, code = "\n".join(map(one_line, error.lines)), error.exit_code
         else:
-            text = " ".join(str(error).split())
+            text = one_line(" ".join(str(error).split()))
             message, code = f"{type(error).__name__}: {text} (--debug shows the traceback)", 1
         # What is wrong with the settings is the same on all ranks; what fails may fail on one.
         if _is_main_rank():
@@ -163,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--batch_size", type=positive, default=32, metavar="N", help="texts of one pass [32]")
     predict.add_argument("--max_length", type=positive, metavar="N", help="cut texts at so many tokens")
     predict.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    add_trust(predict)
     predict.set_defaults(function=_predict)
 
     add_results(commands)
@@ -214,6 +215,7 @@ def _sweep(known: argparse.Namespace, rest: list[str]) -> int:
 
 def _export(known: argparse.Namespace, rest: list[str]) -> int:
     _quiet(known.debug)
+    trust_if_asked(known)
     run_export(known)
     return 0
 
@@ -233,6 +235,7 @@ def _pipeline(known: argparse.Namespace, rest: list[str]) -> Any:
 
 def _predict(known: argparse.Namespace, rest: list[str]) -> int:
     _quiet(known.debug)
+    trust_if_asked(known)
     from distill_nlp.prediction import predict, read_texts
 
     # A text may hold letters that the terminal's encoding lacks; that must not end a long run.

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_nlp.cli_output import add_trust
 from distill_nlp.cli_settings import positive
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def add_export(commands: Any) -> argparse.ArgumentParser:
         metavar="X",
         help="of accuracy, or of macro-F1 with several labels [0; fp16 0.002; int8 0.005]",
     )
+    add_trust(export)
     export.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     return export
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from distill_nlp.hub.private import masked
+
 
 def to_stderr(line: str) -> None:
-    """One line for the user."""
-    print(line, file=sys.stderr, flush=True)
+    """One line for the user, without tokens and credentials that a setting's value may hold."""
+    print(masked(line), file=sys.stderr, flush=True)
 
 
 def quiet(debug: bool) -> None:
@@ -21,9 +25,24 @@ def quiet(debug: bool) -> None:
     if not debug:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        datasets.logging.set_verbosity_error()
+        # An error of theirs is logged and raised; the command says it, once.
+        datasets.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty() or not is_main_rank():
         datasets.disable_progress_bars()
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds the switch that lets models run code of their own."""
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that comes with a model or tokenizer [off]"
+    )
+
+
+def trust_if_asked(known: argparse.Namespace) -> None:
+    """Heeds the switch, and says so."""
+    from distill_nlp.loading import trust_remote_code
+
+    trust_remote_code(known.trust_remote_code, to_stderr)
 
 
 def is_main_rank() -> bool:

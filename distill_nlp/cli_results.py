@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill_nlp.cli_output import quiet, show_report, to_stderr
+from distill_nlp.cli_output import add_trust, quiet, show_report, to_stderr, trust_if_asked
 from distill_nlp.cli_settings import dotted, positive
 from distill_nlp.config import CONFIG_FILE
 from distill_nlp.config_file import load_experiment
@@ -45,6 +45,7 @@ def add_results(commands: Any) -> None:
     compare.add_argument("--max_length", type=positive, metavar="N", help="cut texts at so many tokens")
     compare.add_argument("--batch_size", type=positive, default=32, metavar="N", help="texts of one pass [32]")
     compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    add_trust(compare)
     for parser in (report, compare):
         parser.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     report.set_defaults(function=_report)
@@ -67,6 +68,7 @@ def _report(known: argparse.Namespace, rest: list[str]) -> int:
 
 def _compare(known: argparse.Namespace, rest: list[str]) -> int:
     quiet(known.debug)
+    trust_if_asked(known)
     from distill_nlp.comparison import compare, terminal_comparison
 
     settings = ("split", "config_name", "text_column", "text_pair_column", "label_column", "max_rows", "max_length")

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
-from distill_nlp.config_file import leaves, read_yaml
-from distill_nlp.errors import UsageError
+from distill_nlp.config_file import leaves
+from distill_nlp.errors import UsageError, shown
+from distill_nlp.yaml_text import read_yaml
 
 _TEACHER_TRAINING = "teacher.training."
 
@@ -50,7 +51,7 @@ def _yaml(text: str, name: str) -> Any:
     try:
         return read_yaml(text)
     except yaml.YAMLError:
-        raise UsageError(f"--{name}: {text!r} is not valid YAML; quote it") from None
+        raise UsageError(f"--{name}: {shown(text)} is not valid YAML; quote it") from None
 
 
 def value_of(text: str, name: str, field: FieldInfo) -> Any:

@@ -10,7 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from distill_nlp.config_training import TrainingSection, did_you_mean, mistake
+from distill_nlp.config_checks import Section, did_you_mean, folder_name, mistake
+from distill_nlp.config_student import StudentSection
+from distill_nlp.config_training import TrainingSection
+from distill_nlp.hub.private import secret_in
 
 STAGES = ("teacher", "baseline", "student", "report")
 CONFIG_FILE = "config.json"
@@ -19,18 +22,13 @@ SYNTHETIC = "synthetic"
 TRAIN_TOKENIZER = "train"
 
 
-class Section(BaseModel):
-    """A block of settings; a name that it does not know is refused."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-
 class DataSection(Section):
     """Where the examples come from, and how they become tokens."""
 
     dataset: str = Field(
+        min_length=1,
         description="Hub id, or a local folder with one file or sub-folder per split (csv, tsv, json, jsonl, parquet, "
-        f"txt in one folder per label), or a `save_to_disk` folder, or `{SYNTHETIC}`"
+        f"txt in one folder per label), or a `save_to_disk` folder, or `{SYNTHETIC}`",
     )
     config_name: str | None = Field(None, description="configuration of a Hub data set")
     revision: str | None = Field(None, description="commit, tag or branch of a Hub data set")
@@ -45,6 +43,7 @@ class DataSection(Section):
     label_names: list[str] | None = Field(None, min_length=2, description="names of the classes, by index")
     tokenizer: str | None = Field(
         None,
+        min_length=1,
         description="the student's: Hub id or folder; where not given, that of student.model, else the teacher's; "
         f"`{TRAIN_TOKENIZER}` trains a WordPiece vocabulary on the texts",
     )
@@ -67,7 +66,9 @@ class DataSection(Section):
 class TeacherMember(Section):
     """One teacher: a checkpoint, or a config for one from scratch."""
 
-    model: str | None = Field(None, description="Hub id or folder: a finished classifier, or what one is made from")
+    model: str | None = Field(
+        None, min_length=1, description="Hub id or folder: a finished classifier, or what one is made from"
+    )
     revision: str | None = Field(None, description="commit, tag or branch of the model on the Hub")
     config: dict[str, Any] | None = Field(None, description="instead of model: {model_type: bert, ...}, from scratch")
     overrides: dict[str, Any] = Field({}, description="settings of the model's config to change")
@@ -125,44 +126,6 @@ class TeacherSection(TeacherMember):
             shared = {} if member.model or member.config else {k: v for k, v in first.items() if k != "weight"}
             found.append(TeacherMember(**(shared | own)))
         return found
-
-
-class FromTeacher(Section):
-    """A student made of the teacher's own layers."""
-
-    layers: int = Field(ge=1, description="number of blocks")
-    select: Literal["uniform", "first", "last"] | list[int] = Field(
-        "uniform", description="which of the teacher's blocks; a list counts from 1"
-    )
-    architecture: Literal["distilbert", "same"] = Field("distilbert", description="distilbert (of a BERT) or same")
-    weights: Literal["pretrained", "finetuned"] = Field(
-        "pretrained", description="the first teacher's before its training, or after it, head included"
-    )
-    head: Literal["auto", "random"] = Field("auto", description="auto: finetuned weights bring theirs; random: drawn")
-    width: int | None = Field(None, ge=1, description="of the hidden states, where not the teacher's")
-    heads: int | None = Field(None, ge=1, description="attention heads; else as many as keep the size of a head")
-    intermediate_size: int | None = Field(None, ge=1, description="feed-forward neurons; 4 x width where not given")
-
-    def chosen(self) -> dict[str, Any]:
-        """All settings, the optional ones where they are not at their default."""
-        first = {"layers", "select", "architecture"}
-        return self.model_dump(include=first) | self.model_dump(exclude=first, exclude_defaults=True)
-
-
-class StudentSection(Section):
-    """The student: a checkpoint, a config for one from scratch, or layers of the teacher."""
-
-    model: str | None = Field(None, description="Hub id or folder of a checkpoint")
-    revision: str | None = Field(None, description="commit, tag or branch of the model on the Hub")
-    config: dict[str, Any] | None = Field(None, description="{model_type: distilbert, dim: 64, ...}, from scratch")
-    from_teacher: FromTeacher | None = Field(None, description="copies of the teacher's layers")
-    overrides: dict[str, Any] = Field({}, description="settings of the student's config to change")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> StudentSection:
-        if sum(way is not None for way in (self.model, self.config, self.from_teacher)) != 1:
-            raise ValueError("needs exactly one of model, config and from_teacher")
-        return self
 
 
 class LossSection(BaseModel):
@@ -244,6 +207,7 @@ class Experiment(Section):
         description="folder of teachers' logits, may serve several runs; teacher_cache in output_dir where not given",
     )
     seeds: list[int] = Field([42], min_length=1, description="one baseline and one student each")
+    trust_remote_code: bool = Field(False, description="run code that comes with a model or tokenizer")
     data: DataSection
     teacher: TeacherSection
     student: StudentSection
@@ -255,6 +219,19 @@ class Experiment(Section):
         "{num_train_epochs: 2}}, {losses: {kl: {}}}]; what a phase does not give is the experiment's",
     )
     report: ReportSection = Field(default_factory=ReportSection)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, settings: Any) -> Any:
+        # The settings are kept beside the results, in logs and in cards.
+        if (name := secret_in(settings)) is not None:
+            raise ValueError(
+                f"{name}: a token or password does not belong into a config, which is kept with its results; set "
+                "HF_TOKEN, or run `hf auth login`"
+            )
+        return settings
+
+    _can_be_folders = field_validator("output_dir", "cache_dir")(folder_name)
 
     @field_validator("seeds")
     @classmethod

@@ -14,7 +14,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from distill_nlp.config import Experiment, did_you_mean
-from distill_nlp.errors import UsageError
+from distill_nlp.errors import UsageError, one_line, shown
+from distill_nlp.yaml_text import read_yaml
+
+MAX_KB = 256
+"""A config is written by people; a larger file is another one by mistake, and takes minutes to parse."""
+# A class may have any name.
+_TAKEN_AS_THEY_STAND = ("data.label_names",)
 
 
 def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
@@ -27,12 +33,14 @@ def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -
     settings = read_settings(path, "config")
     for name, value in (overrides or {}).items():
         _set(settings, name, value)
+    _refuse_placeholders(settings, path)
     try:
         return Experiment.model_validate(settings)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
-        head = f"{path}: {len(lines)} settings are wrong" if len(lines) > 1 else f"{path}:"
-        raise UsageError("\n  ".join([head, *lines]) if len(lines) > 1 else f"{head} {lines[0]}") from None
+        lines = [one_line(_explain(e)) for e in error.errors()]
+        if len(lines) == 1:
+            raise UsageError(f"{path}: {lines[0]}") from None
+        raise UsageError(f"{path}: {len(lines)} settings are wrong", lines) from None
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
@@ -46,21 +54,37 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
         UsageError: no such file, not to be read, no YAML, or no settings by name in it.
     """
     try:
+        size = path.stat().st_size
+        if size > MAX_KB * 1024:
+            raise UsageError(f"{path} has {size / 1e6:.1f} MB; a {kind} is at most {MAX_KB} KB: is it another file?")
         settings = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no {kind} file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the {kind} {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the {kind} {path}: {error}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        raise UsageError(f"the {kind} {path} is empty; it must hold settings by name")
     if not isinstance(settings, dict):
         raise UsageError(f"{path} must hold settings by name, got {type(settings).__name__}")
     return settings
 
 
-def read_yaml(text: str) -> Any:
-    """Parses YAML safely: no objects, no key given twice, `1e-4` a number."""
-    return yaml.load(text, Loader=_UniqueKeyLoader)
+def _refuse_placeholders(value: Any, path: Path, name: str = "") -> None:
+    """`${HOME}` would be taken as it stands: for a folder of that name, or for something on the Hub."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_placeholders(inner, path, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and name not in _TAKEN_AS_THEY_STAND:
+        for i, inner in enumerate(value):
+            _refuse_placeholders(inner, path, f"{name}.{i}")
+    elif isinstance(value, str) and (found := re.search(r"\$\{[^}]*\}", value)):
+        raise UsageError(
+            f"{path}: {name}: {found[0]} is not filled in here; write the value, or give it as --{name} VALUE"
+        )
 
 
 def leaves(model: type[BaseModel] = Experiment, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -108,25 +132,4 @@ def _explain(error: Any) -> str:
         return f"{path}: is needed"
     if error["type"] == "value_error":
         return f"{path}: {message}" if path else message
-    return f"{path}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, where YAML would quietly take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen and key != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 takes 1e-4 for a string, because it has no point.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+    return f"{path}: {message[0].lower()}{message[1:]}, got {shown(error['input'])}"

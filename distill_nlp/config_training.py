@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
+
+from distill_nlp.config_checks import did_you_mean, mistake, no_truth_value
 
 METRICS = ("accuracy", "f1_macro")
 """Validation metrics that are maximised."""
@@ -14,13 +16,6 @@ METRICS = ("accuracy", "f1_macro")
 def task_metric(problem_type: str) -> str:
     """What a kind of task is judged by: accuracy, or macro-F1 where texts have several labels."""
     return "f1_macro" if problem_type == "multi_label_classification" else "accuracy"
-
-
-def did_you_mean(name: str, known: Any) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 class TrainingSection(BaseModel):
@@ -86,6 +81,8 @@ class TrainingSection(BaseModel):
         """`metric_for_best_model` for this kind of task."""
         return task_metric(problem_type) if self.metric_for_best_model == "auto" else self.metric_for_best_model
 
+    _numbers = field_validator("*", mode="before")(classmethod(no_truth_value))
+
     @field_validator("max_steps")
     @classmethod
     def _no_zero_steps(cls, steps: int) -> int:
@@ -140,12 +137,6 @@ class TrainingSection(BaseModel):
                 kind = "true or false" if isinstance(fields[name].default, bool) else "a number"
                 mistakes.append(mistake(name, value, f"must be {kind}, got {value!r}"))
         return mistakes
-
-
-def mistake(name: str, value: Any, message: str) -> InitErrorDetails:
-    # A template in braces would be filled in; the message is final.
-    escaped = message.replace("{", "{{").replace("}", "}}")
-    return InitErrorDetails(type=PydanticCustomError("value_error", escaped), loc=(name,), input=value)
 
 
 def _same_kind(value: Any, default: Any) -> bool:

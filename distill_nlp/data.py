@@ -195,6 +195,11 @@ def _columns(dataset: Any, config: DataSection, split: str, labeled: bool = True
     """Renames the columns that count to `text`, `text_pair` and `labels`, and drops the others."""
     if len(dataset) == 0:
         raise UsageError(f"data: the split {split!r} of {config.dataset} has no rows")
+    named = {"data.text_column": config.text_column, "data.text_pair_column": config.text_pair_column}
+    named |= {"data.label_column": config.label_column} if labeled else {}
+    for setting, column in named.items():
+        if column is not None and (same := [other for other in named if named[other] == column and other != setting]):
+            raise UsageError(f"{setting} and {same[0]} are both {column!r}; they must be different columns")
     wanted = {config.text_column: "text"}
     if config.text_pair_column is not None:
         wanted[config.text_pair_column] = "text_pair"

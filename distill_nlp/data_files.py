@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.errors import DistillError, UsageError, shown
 
 # Ending -> loader of the datasets library with its arguments.
 _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -19,6 +21,8 @@ _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_MOST_COLUMNS = 10_000
 _TEXT_ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".txt"}
 
 
@@ -35,18 +39,40 @@ def load_split(dataset: str, split: str, config_name: str | None = None, revisio
         UsageError: not there, no such split, or a file that cannot be read, with the place.
         DistillError: the Hub cannot be reached.
     """
-    path = Path(dataset).expanduser()
+    path = local_path(dataset, "data.dataset")
     if path.exists():
-        return _load_local(path, split)
+        try:
+            return _load_local(path, split)
+        except OSError as error:
+            raise UsageError(f"data.dataset: cannot read {dataset}: {error.strerror or error}") from error
     if path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1 or path.suffix in _LOADERS:
         raise UsageError(f"data.dataset: no file or folder {dataset}")
     return _load_from_hub(dataset, split, config_name, revision)
+
+
+def local_path(name: str, setting: str) -> Path:
+    """A name as a path that may or may not be there.
+
+    Raises:
+        UsageError: it can be no path, and nothing on the Hub either: empty, too long, or with unprintable characters.
+    """
+    try:
+        path = Path(name).expanduser()
+        # Also of an id on the Hub; asking finds names that the system does not take.
+        os.path.lexists(path) and path.stat()
+        if not name.strip() or not name.isprintable() or max(map(len, [*path.parts, ""])) > 255:
+            raise ValueError
+    except (OSError, ValueError, RuntimeError):
+        raise UsageError(f"{setting}: {shown(name)} is not the name of a file, a folder or a repository") from None
+    return path
 
 
 def _load_local(path: Path, split: str) -> Any:
     if path.is_file():
         if split != "train":
             raise UsageError(f"data.dataset: {path} is one file, the split train; there is no split {split!r}")
+        if path.suffix not in _LOADERS:
+            raise UsageError(f"data.dataset: {path} is of no kind that is read: {', '.join(_LOADERS)}")
         return _read([path])
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _load_saved(path, split)
@@ -90,18 +116,50 @@ def _read(files: list[Path]) -> Any:
             raise UsageError(f"data: {file} is empty")
         if ending in _TEXT_ENDINGS:
             check_utf8(file)
+        if ending in _SEPARATORS:
+            _check_header(file, _SEPARATORS[ending])
     loader, arguments = _LOADERS[ending]
+    names = ", ".join(str(f) for f in files)
     try:
+        if ending == ".parquet" and not _rows_of_parquet(files):
+            raise UsageError(f"data: {names} has no rows")
         return load_dataset(loader, data_files=[str(f) for f in files], split="train", **arguments)
+    except UsageError:
+        raise
     except Exception as error:
         # The datasets library wraps the parser's error, sometimes twice; the innermost says what is wrong.
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        names = ", ".join(str(f) for f in files)
         if "corresponds to no data" in str(error):
             raise UsageError(f"data: {names} has no rows") from error
         raise UsageError(f"data: cannot read {names} as {ending[1:]}: {first_line(cause)}") from error
+
+
+def _rows_of_parquet(files: list[Path]) -> int:
+    """Rows by the files' own record; of none, the datasets library says something about batch sizes."""
+    from pyarrow.parquet import read_metadata
+
+    return sum(read_metadata(file).num_rows for file in files)
+
+
+def _check_header(file: Path, separator: str) -> None:
+    """Refuses a name that stands twice, whose second column would be renamed in silence, and columns without end."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            names = next(csv.reader(lines, delimiter=separator), [])
+    except csv.Error:
+        # The parser says what and where.
+        return
+    finally:
+        csv.field_size_limit(limit)
+    if len(names) > _MOST_COLUMNS:
+        raise UsageError(
+            f"data: {file} has {len(names):,} columns, at most {_MOST_COLUMNS:,} are read; keep those needed"
+        )
+    if twice := next((name for i, name in enumerate(names) if name and name in names[:i]), None):
+        raise UsageError(f"data: {file} names the column {shown(twice)} twice; keep one")
 
 
 def _read_label_folders(folders: list[Path]) -> Any:
@@ -135,10 +193,10 @@ def _load_from_hub(dataset: str, split: str, config_name: str | None, revision: 
 
 
 def check_utf8(file: Path) -> None:
-    """Reads a file through once, and names the line where it stops being UTF-8.
+    """Reads a file through once, and names the line where it stops being text in UTF-8.
 
     Raises:
-        UsageError: the file is not UTF-8.
+        UsageError: the file is not UTF-8, or has a NUL byte, which parsers end a text at.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
@@ -152,6 +210,11 @@ def check_utf8(file: Path) -> None:
                     f"data: {file} is not UTF-8 (line {line}); convert it, e.g. "
                     f"iconv -f latin1 -t utf-8 {os.path.basename(file)}"
                 ) from None
+            if (place := chunk.find(b"\0")) >= 0:
+                line += chunk[:place].count(b"\n")
+                raise UsageError(
+                    f"data: {file} has a NUL byte (line {line}); it is no text in UTF-8, or a damaged one: take it out"
+                )
             line += chunk.count(b"\n")
     try:
         decoder.decode(b"", final=True)

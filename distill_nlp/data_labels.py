@@ -9,13 +9,16 @@ from json import JSONDecodeError, loads
 from typing import Any
 
 from distill_nlp.config import DataSection
-from distill_nlp.errors import UsageError
+from distill_nlp.errors import UsageError, shown
 from distill_nlp.losses.base import IGNORE_INDEX, MULTI_LABEL, SINGLE_LABEL, ProblemType
 
 _LISTS = (
     'a row of several labels lists their indices or names, as [0, 3] or ["joy"], and [] where none applies; a vector '
     "with a number for each class is not taken"
 )
+
+# A single number for all labels is taken for a class beside others up to here.
+_MANY = 1000
 
 
 def problem_type_of(dataset: Any) -> ProblemType:
@@ -59,6 +62,7 @@ def label_names(train: Any, config: DataSection) -> list[str]:
     if known:
         return known
     labels = train["labels"]
+    _refuse_no_labels(labels, several, config.train_split)
     names = _names_from({label for row in labels for label in row or ()} if several else set(labels), config)
     if several and len(names) < 2:
         raise UsageError(
@@ -73,10 +77,11 @@ def _names_from(values: set[Any], config: DataSection) -> list[str]:
         _refuse_lists_in_text(values, config)
         return sorted(values)
     if all(isinstance(v, int) and not isinstance(v, bool) for v in values) and min(values) >= 0:
-        missing = sorted(set(range(max(values) + 1)) - values)
-        if missing and len(values) > 1:
+        # Of a single one, that all rows are alike is said instead. No counting up to a label of a billion.
+        if len(values) <= max(values) and (len(values) > 1 or max(values) > _MANY):
+            missing = next(i for i, value in enumerate([*sorted(values), -1]) if i != value)
             raise UsageError(
-                f"data: the labels of {config.train_split} are {sorted(values)[:20]}, and no row has {missing[0]}; "
+                f"data: the labels of {config.train_split} are {shown(sorted(values)[:20])}, and no row has {missing}; "
                 "number them from 0 without gaps, or set data.label_names"
             )
         return [f"LABEL_{i}" for i in range(max(values) + 1)]
@@ -117,6 +122,8 @@ def with_labels(dataset: Any, config: DataSection, split: str, names: list[str])
             hint = "; [] says that none applies" if problem_type_of(dataset) == MULTI_LABEL else ""
             raise UsageError(f"data: row {row} of the split {split!r} has no label in {config.label_column}{hint}")
     index = {name: i for i, name in enumerate(names)}
+    _refuse_no_labels(values, problem_type_of(dataset) == MULTI_LABEL, split)
+    _refuse_mixed(values, split)
     if problem_type_of(dataset) == MULTI_LABEL:
         _refuse_vectors(values, split)
         rows = [{_in_list(value, _where(split, row), index) for value in found} for row, found in enumerate(values)]
@@ -131,6 +138,30 @@ def with_labels(dataset: Any, config: DataSection, split: str, names: list[str])
         labels.append(_index_of(int(value) if isinstance(value, bool) else value, _where(split, row), index))
     plain = dataset.remove_columns("labels").add_column("labels", labels)
     return plain.cast_column("labels", ClassLabel(names=names))
+
+
+def _refuse_no_labels(values: Iterable[Any], several: bool, split: str) -> None:
+    """Lists and objects, which can be no label; what else is wrong with a label is said where it is mapped."""
+    for row, value in enumerate(values):
+        for label in value or () if several else [value]:
+            if isinstance(label, list | dict) or (several and label is None):
+                hint = _LISTS if several else "a class is a whole number or a string"
+                among = " among its labels" if several else " for a label"
+                raise UsageError(f"{_where(split, row)} has {shown(label)} ({type(label).__name__}){among}; {hint}")
+
+
+def _refuse_mixed(values: list[Any], split: str) -> None:
+    """Numbers and names side by side: 1 may be the second class, or a class named 1."""
+    first: dict[bool, tuple[int, Any]] = {}
+    for row, value in enumerate(values):
+        for label in value if isinstance(value, list) else [value]:
+            first.setdefault(isinstance(label, str), (row, label))
+    if len(first) == 2:
+        (row, label), (other, name) = first[False], first[True]
+        raise UsageError(
+            f"data: row {row} of the split {split!r} has the label {shown(label)}, and row {other} {shown(name)}; "
+            "write all labels as numbers or all as names"
+        )
 
 
 def with_vectors(dataset: Any, rows: list[list[float]]) -> Any:

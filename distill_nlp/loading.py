@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,14 +18,41 @@ from transformers import (
     PreTrainedModel,
 )
 
-from distill_nlp.data_files import first_line
+from distill_nlp.checkpoint_checks import (
+    check_embeddings,
+    check_has_safetensors,
+    check_sizes,
+    check_vocabulary,
+    check_weights,
+)
+from distill_nlp.data_files import first_line, local_path
 from distill_nlp.errors import DistillError, UsageError
+
+_trusts_code: ContextVar[bool] = ContextVar("trusts_code", default=False)
+
+
+def trust_remote_code(trusted: bool, say: Callable[[str], None] = lambda line: None) -> None:
+    """Whether models and tokenizers that come with code of their own may run it; not unless this was called.
+
+    Args:
+        trusted: from here on, in this context.
+        say: gets a line where it is.
+    """
+    if trusted:
+        say("trust_remote_code is on: code that comes with models and tokenizers is run as you")
+    _trusts_code.set(trusted)
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
-    """The config of a checkpoint."""
+    """The config of a checkpoint.
+
+    Raises:
+        UsageError, DistillError: there is none, or one that no model can be of.
+    """
     with _one_line(name):
-        return AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=_trusts_code.get())
+        check_sizes(config, "config.json")
+        return config
 
 
 def is_classifier(config: Any) -> bool:
@@ -34,29 +61,76 @@ def is_classifier(config: Any) -> bool:
 
 
 def load_classifier(name: str, revision: str | None = None, **settings: Any) -> PreTrainedModel:
-    """A classifier in float32; a head that is missing in the checkpoint, or of another size, is drawn at random."""
+    """A classifier in float32, from safetensors.
+
+    Args:
+        name: folder or Hub id.
+        revision: on the Hub.
+        settings: of its config to change. With them, or where the checkpoint is no classifier, a head that is missing
+            or of another size is drawn at random; of a finished one, nothing is.
+
+    Raises:
+        UsageError, DistillError: it is not there, broken, a pickle, or of other sizes than its config says.
+    """
+    config = load_config(name, revision)
     if settings:
         try:
-            check_settings(load_config(name, revision), settings, "overrides")
-        except ValueError as error:
-            raise UsageError(f"{name}: {error}") from None
-    with _one_line(name):
-        # Without dtype, Transformers 5 takes the checkpoint's: a float16 file would be trained in float16.
-        return AutoModelForSequenceClassification.from_pretrained(
-            name, revision=revision, dtype=torch.float32, ignore_mismatched_sizes=True, **settings
-        )
+            check_settings(config, settings, "overrides")
+            check_sizes(type(config)(**(config.to_dict() | settings)), "overrides")
+        # A value of the wrong kind is refused by each config in its own way.
+        except Exception as error:
+            raise UsageError(f"{name}: {_said(error)}") from None
+    return _load(
+        AutoModelForSequenceClassification, name, revision, bool(settings) or not is_classifier(config), **settings
+    )
 
 
 def load_backbone(name: str, revision: str | None = None) -> PreTrainedModel:
-    """The encoder of a checkpoint without a head, in float32."""
-    with _one_line(name):
-        return AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32)
+    """The encoder of a checkpoint without a head, in float32, from safetensors."""
+    return _load(AutoModel, name, revision, head_may_be_new=True)
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a checkpoint."""
+def _load(kind: Any, name: str, revision: str | None, head_may_be_new: bool, **settings: Any) -> PreTrainedModel:
     with _one_line(name):
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        if (folder := Path(name).expanduser()).is_dir():
+            check_has_safetensors(folder)
+        # Without dtype, Transformers 5 takes the checkpoint's: a float16 file would be trained in float16.
+        model, found = kind.from_pretrained(
+            name,
+            revision=revision,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            trust_remote_code=_trusts_code.get(),
+            output_loading_info=True,
+            **settings,
+        )
+        check_weights(model, found, head_may_be_new)
+        return model
+
+
+def load_tokenizer(name: str, revision: str | None = None, config: Any = None) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Args:
+        name: folder or Hub id.
+        revision: on the Hub.
+        config: of the model that is to read its tokens: must have an embedding for each.
+
+    Raises:
+        UsageError, DistillError: there is none, or it is of another model.
+    """
+    with _one_line(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=_trusts_code.get())
+        check_vocabulary(tokenizer)
+        # Of no use here, and saved under names that the checkpoint picks.
+        tokenizer.chat_template = None
+    if config is not None:
+        try:
+            check_embeddings(tokenizer, config, name)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    return tokenizer
 
 
 def check_settings(config: Any, settings: dict[str, Any], where: str) -> None:
@@ -94,15 +168,29 @@ def _one_line(name: str) -> Iterator[None]:
         UsageError: the name is a folder, or looks like one, and there is nothing that loads.
         DistillError: it was looked for on the Hub.
     """
-    path = Path(name).expanduser()
+    path = local_path(name, "model")
+    if path.is_file():
+        raise UsageError(f"{name} is a file; a model is a folder or a name on the Hub")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise UsageError(f"no model folder {name}")
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+    # Broken files raise errors of all kinds: of JSON, safetensors, the tokenizers' Rust, configs that check themselves.
+    except Exception as error:
+        said = _said(error)
         if path.is_dir():
-            raise UsageError(f"the folder {name} does not hold what is needed: {first_line(error)}") from error
+            raise UsageError(f"the folder {name} does not hold what is needed: {said}") from error
         raise DistillError(
-            f"cannot load {name!r}: {first_line(error)}. There is no such local folder, so the Hub was asked; check "
-            "the name and the network, or give a local folder"
+            f"cannot load {name!r}: {said}. There is no such local folder, so the Hub was asked; check the name and "
+            "the network, or give a local folder"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    said = first_line(error)
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with code of its own, which is not run unless you say that you trust it, by trust_remote_code: "
+            "true in the config or --trust_remote_code"
+        )
+    return said if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {said}"

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
+from distill_nlp.checkpoint_checks import check_embeddings
 from distill_nlp.config import TRAIN_TOKENIZER, Experiment, LossSection
 from distill_nlp.data import Splits, content_hash, load_splits
 from distill_nlp.errors import UsageError
@@ -244,13 +245,13 @@ class Materials:
                 own = role != "student" and length != self.experiment.data.max_length
                 setting = "teacher.max_length" if own else "data.max_length"
                 raise UsageError(f"{setting} is {length}, but the {role} reads at most {longest} tokens")
-        teacher = configs[0]
-        teacher = copy.copy(teacher)
+        teacher = copy.copy(configs[0])
         teacher.id2label = student.config.id2label
         sections = self.experiment.losses
         weights = {name: section.weight for name, section in sections.items()}
         objective = DistillationObjective(self.new_losses(), weights)
         try:
+            check_embeddings(self.tokenizer, student.config, "the student")
             objective.bind(ModelShape.from_config(student.config), ModelShape.from_config(teacher))
         except ValueError as error:
             raise UsageError(str(error)) from None

@@ -15,7 +15,9 @@ from distill_nlp.config import CONFIG_FILE, STAGES, Experiment
 from distill_nlp.doctor import Finding, compact_lines, examine, examine_teachers, guarded
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.fingerprints import Fingerprints
+from distill_nlp.loading import trust_remote_code
 from distill_nlp.materials import Materials
+from distill_nlp.output_folder import check_can_be_made, check_no_way_out
 from distill_nlp.report_stage import ReportStage
 from distill_nlp.stage_runner import StageRunner
 from distill_nlp.stage_training import Say, training_arguments
@@ -40,10 +42,15 @@ class Pipeline:
     def __init__(self, experiment: Experiment, say: Say = lambda line: None) -> None:
         self.experiment = experiment
         self.root = Path(experiment.output_dir).expanduser()
+        for setting, folder in (("output_dir", self.root), ("cache_dir", experiment.cache_dir)):
+            if folder is not None:
+                check_can_be_made(Path(folder).expanduser(), setting)
+        check_no_way_out(self.root)
         self.state = PartialState(cpu=experiment.training.use_cpu)
         self.materials = Materials(experiment)
         self.prints = Fingerprints(experiment, self.materials)
         self.runner = StageRunner(experiment, self.materials, say)
+        trust_remote_code(experiment.trust_remote_code, partial(self.runner.say, "models"))
         self.teachers = TeacherStages(self.runner, self.prints)
         self.students = StudentStages(self.runner, self.prints)
         # What TrainingArguments refuse is refused before anything is loaded.

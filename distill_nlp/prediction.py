@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,14 @@ def read_texts(arguments: list[str], text_column: str = "text") -> Iterator[str]
                 raise UsageError(f"line {number} of stdin is not UTF-8") from None
         return
     for argument in arguments:
-        path = Path(argument).expanduser()
+        path = Path(argument)
+        with suppress(RuntimeError):
+            # A text may begin with a tilde.
+            path = path.expanduser()
         # A name that was meant as a file must not be classified as a text.
         looks_like_file = path.suffix in {*_COLUMN_FILES, ".txt"} and not any(c.isspace() for c in argument)
-        exists = len(argument) < 1000 and path.exists()
+        # Unlike `Path.exists`, it takes a text that is longer than a name may be.
+        exists = bool(argument) and os.path.exists(path)
         if (exists or looks_like_file) and not (len(arguments) == 1 and exists and path.is_file()):
             problem = "there is no such file" if not exists else "give one file, or texts"
             raise UsageError(f"cannot read texts from {argument}: {problem}")
@@ -83,7 +89,7 @@ def predict(
     classifier = load_for_inference(model).to("cuda" if torch.cuda.is_available() else "cpu")
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
         raise UsageError(f"{model} is no classifier (its config names {config.architectures}); train one first")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, config=config)
     limit = longest_input(config, tokenizer, max_length)
     stream = iter(texts)
     while window := list(islice(stream, _WINDOW)):

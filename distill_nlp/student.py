@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from distill_nlp.checkpoint_checks import check_sizes
+from distill_nlp.data_files import first_line
 from distill_nlp.loading import check_settings, load_classifier
 from distill_nlp.losses.base import ProblemType
 from distill_nlp.student_layers import student_from_teacher
@@ -101,4 +103,13 @@ def model_from_config(config: dict[str, Any], settings: dict[str, Any]) -> PreTr
             f'config.model_type must name a Transformers model, e.g. "distilbert", got {model_type!r}'
         ) from None
     check_settings(known, config, "config")
-    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **config))
+    try:
+        made = AutoConfig.for_model(model_type, **config)
+        check_sizes(made, "config")
+        return AutoModelForSequenceClassification.from_config(made)
+    except ValueError:
+        raise
+    # What a setting of a wrong kind or size leads to is each model's own: KeyError, ZeroDivisionError, RuntimeError.
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"config: no {model_type} can be made of it: {said}") from None

@@ -91,7 +91,9 @@ class TeacherPart:
         """That of its checkpoint; None for one from scratch, which reads the student's tokens."""
         if self.settings.model is None:
             return None
-        return prepared(load_tokenizer(self.settings.model, self.settings.revision), self._data, self.max_length)
+        name, revision = self.settings.model, self.settings.revision
+        tokenizer = load_tokenizer(name, revision, load_config(name, revision))
+        return prepared(tokenizer, self._data, self.max_length)
 
     def config(self, label_names: Sequence[str], sizes: dict[str, Any]) -> Any:
         """The config that it has, or will have."""

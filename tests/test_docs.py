@@ -56,13 +56,35 @@ def test_the_layers_shown_are_those_that_are_mapped():
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"]
-    + [
-        f"docs/{name}.md" for name in ("export", "hub", "images", "losses", "reports", "students", "sweeps", "teachers")
-    ],
+    ["README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md"]
+    + sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 )
 def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_page_of_bad_inputs_counts_what_is_there():
+    from collections import Counter
+
+    from bad_inputs.cases import all_cases
+
+    cases = all_cases()
+    tried = Counter(case.category for case in cases)
+    refused = Counter(case.category for case in cases if case.exit)
+    text = (ROOT / "docs" / "inputs.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| 0 \|", text, flags=re.MULTILINE)
+    found = {name: tuple(map(int, counts)) for name, *counts in rows}
+    expected = {name: (tried[name], refused[name], tried[name] - refused[name]) for name in tried}
+    assert found == expected | {"all": (tried.total(), refused.total(), tried.total() - refused.total())}
+
+
+def test_the_page_on_security_names_tests_that_are_there():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    for path in set(re.findall(r"`(tests/[\w/.]+)`", text)):
+        assert (ROOT / path).is_file(), path
+    sections = re.findall(r"^# ---- (.+) ----$", (ROOT / "tests" / "test_security.py").read_text(), flags=re.MULTILINE)
+    assert set(sections) - {"pickles", "markup"} <= set(re.findall(r'"([^"]+)"', text))
+    assert len(sections) == 5

@@ -6,8 +6,8 @@ from helpers import BINARY, bert_config, label_config, make_tokenizer, parameter
 from test_student_layers import jitter
 from transformers import BertForSequenceClassification, set_seed
 
-from distill_nlp.config import FromTeacher
 from distill_nlp.config_file import load_experiment
+from distill_nlp.config_student import FromTeacher
 from distill_nlp.errors import UsageError
 from distill_nlp.materials import Materials
 

@@ -25,6 +25,7 @@ from distill_nlp.labels import label_order
 from distill_nlp.loading import checkpoint_print, is_classifier, load_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 from distill_nlp.onnx_model import EXPORT_FILE, MODEL_FILE, OnnxClassifier, is_exported
+from distill_nlp.output_folder import check_can_be_made
 from distill_nlp.prediction import longest_input
 from distill_nlp.report.build import machine
 from distill_nlp.report.speed import Run, measure_speed
@@ -92,6 +93,7 @@ def export_model(settings: ExportSettings, say: Say = lambda line: None) -> dict
 def _check_free(folder: Path) -> None:
     if folder.exists() and not is_exported(str(folder)):
         raise UsageError(f"{folder} exists and is no earlier export; give another --output")
+    check_can_be_made(folder.parent, "--output")
 
 
 def _put_in_place(work: Path, folder: Path) -> None:
@@ -116,14 +118,14 @@ def _load(settings: ExportSettings, say: Say) -> _Original:
         raise UsageError(f"{name} is no classifier (its config names {config.architectures}); train one first")
     if ModelShape.from_config(config).problem_type == "regression":
         raise UsageError(f"{name} is a regression; classifiers can be exported")
-    tokenizer = load_tokenizer(name)
+    tokenizer, model = load_tokenizer(name, config=config), load_classifier(name)
     if settings.data is None:
         texts = built_in_texts()
         say(f"no --data: compared on {len(texts.texts)} built-in texts, which have no labels")
     else:
         columns = (settings.text_column, settings.label_column)
         texts = load_texts(settings.data, settings.split, *columns, settings.max_rows, config)
-    model, length = load_classifier(name), longest_input(config, tokenizer)
+    length = longest_input(config, tokenizer)
     rows = _encoded(tokenizer, texts.texts, length)
     logits = predict_logits(model, tokenizer, rows, _BATCH, "Answers of the original")
     return _Original(model, tokenizer, length, texts, rows, logits)

@@ -20,7 +20,44 @@ _NAMES_OF_CLASSES = ("id2label", "label2id", "label_names")
 
 # Of the Hub, GitHub and OpenAI: what is found in configs and environments.
 _TOKENS = re.compile(rb"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}|\b(?:ghp_|github_pat_|sk-)[A-Za-z0-9_-]{20,}")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+MASK = "***"
 _HOMES = re.compile(rb"(?<![\w.-])/(?:home|Users)/[\w.-]+/|\b[A-Za-z]:\\{1,2}Users\\{1,2}[\w.-]+")
+
+
+def masked(text: str) -> str:
+    """A text for a log or a message: tokens, the one of this environment too, and credentials in addresses left out.
+
+    Example:
+        >>> masked("https://alice:secret@example.org/data")
+        'https://***@example.org/data'
+    """
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        # Shorter ones would take ordinary words out of messages.
+        if len(token := os.environ.get(name, "").strip()) >= 8:
+            text = text.replace(token, MASK)
+    text = _CREDENTIALS.sub(MASK, text)
+    return _TOKENS.sub(MASK.encode(), text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
+
+
+def secret_in(value: Any, name: str = "") -> str | None:
+    """The dotted name of the first setting that holds a token, a password or credentials; None where there is none.
+
+    Args:
+        value: nested plain values.
+        name: of the whole.
+    """
+    if isinstance(value, dict):
+        items = [(f"{name}.{key}" if name else str(key), inner) for key, inner in value.items()]
+        named = (path for path, inner in items if inner and isinstance(inner, str) and _is_secret_name(path))
+        return next(named, None) or next((found for path, inner in items if (found := secret_in(inner, path))), None)
+    if isinstance(value, list | tuple):
+        return next((found for i, inner in enumerate(value) if (found := secret_in(inner, f"{name}.{i}"))), None)
+    return name if isinstance(value, str) and masked(value) != value else None
+
+
+def _is_secret_name(path: str) -> bool:
+    return SECRET_KEYS.search(path.rpartition(".")[2]) is not None
 
 
 class Private:

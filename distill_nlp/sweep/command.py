@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from distill_nlp.config_file import leaves, read_yaml
+from distill_nlp.config_file import leaves
 from distill_nlp.sweep.plan import SweepPlan
+from distill_nlp.yaml_text import read_yaml
 
 
 def run_command(plan: SweepPlan, settings: Mapping[str, Any], output_dir: Path) -> str:
