@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from distill_nlp.errors import UsageError
+from distill_nlp.stages import STAGE_FILE
 
 
 def check_can_be_made(folder: Path, setting: str) -> None:
@@ -29,6 +30,9 @@ def check_can_be_made(folder: Path, setting: str) -> None:
 def check_no_way_out(root: Path) -> None:
     """Refuses a run's folder in which a link leads out of it: what is written, renamed and removed there stays inside.
 
+    A link to a finished stage of another run is none: it is read, and where the stage is made again, the link itself
+    makes room.
+
     Args:
         root: of the run; it may be a link itself.
 
@@ -38,7 +42,8 @@ def check_no_way_out(root: Path) -> None:
     inside = os.path.realpath(root)
     for pattern in ("*", "student/*", "baseline/*"):
         for path in sorted(root.glob(pattern)):
-            if path.is_symlink() and not os.path.realpath(path).startswith(inside + os.sep):
+            leads_out = path.is_symlink() and not os.path.realpath(path).startswith(inside + os.sep)
+            if leads_out and not (path / STAGE_FILE).is_file():
                 raise UsageError(
                     f"output_dir: {path} is a link that leads out of the run's folder; put what it leads to in its "
                     "place, or name another folder"

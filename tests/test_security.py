@@ -243,6 +243,11 @@ def test_links_within_the_folder_and_to_the_folder_itself_are_fine(tmp_path):
     check_no_way_out(tmp_path / "run")
     # A folder whose name only begins alike lies outside.
     (tmp_path / "disk" / "run-2").mkdir()
+    finished = tmp_path / "disk" / "teacher"
+    finished.mkdir(parents=True)
+    (finished / "stage.json").write_text("{}")
+    (real / "teacher").symlink_to(finished)
+    check_no_way_out(tmp_path / "run")
     (real / "other").symlink_to(tmp_path / "disk" / "run-2")
     with pytest.raises(UsageError, match="leads out"):
         check_no_way_out(tmp_path / "run")
