@@ -1,6 +1,7 @@
 """benchmarks/accuracy: from a set and a recipe to the table in the results' file."""
 
 import importlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -51,7 +52,8 @@ def tiny(bench, experiment, tmp_path, monkeypatch):
     (sets / "more.yaml").write_text(yaml.safe_dump(more))
     (tmp_path / "pool.txt").write_text("a b c\nd e f g\n" * 5)
     results = tmp_path / "RESULTS.md"
-    results.write_text("above\n<!-- accuracy: begin -->\na former table\n<!-- accuracy: end -->\nbelow\n")
+    tables = "<!-- set other -->\nanother table\n\n<!-- set tiny -->\na former table"
+    results.write_text(f"above\n<!-- accuracy: begin -->\n{tables}\n<!-- accuracy: end -->\nbelow\n")
     monkeypatch.setattr(bench["run"], "HERE", tmp_path / "here")
     monkeypatch.setattr(bench["run"], "RESULTS", results)
     monkeypatch.setattr(bench["run"], "REPOSITORY", tmp_path)
@@ -74,13 +76,14 @@ def test_the_table_holds_teacher_baseline_and_students_and_nothing_is_trained_tw
     scores = bench["scores"].SetScores("tiny", folder, [0, 1], ["rkd"])
     right = [np.mean(scores.logits(f"rkd/student/seed-{seed}").argmax(1) == scores.labels) for seed in (0, 1)]
     assert f"{np.mean(right):.4f} ± {np.std(right, ddof=1):.4f}" in rows["rkd"]
-    assert first.startswith("above\n<!-- accuracy: begin -->\n```\npython benchmarks/accuracy/run.py --data DATA ")
+    others = "above\n<!-- accuracy: begin -->\n<!-- set other -->\nanother table\n\n<!-- set tiny -->\n```\n"
+    assert first.startswith(f"{others}python benchmarks/accuracy/run.py --data DATA ")
     assert first.endswith("<!-- accuracy: end -->\nbelow\n")
     assert "a former table" not in first
     assert str(tmp_path) not in first
     made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    # A teacher, two baselines, two students of two recipes; the students' folders reach the teacher by a link.
-    assert len(made) == 7
+    # A teacher, two baselines of two budgets, two students of two recipes; other folders reach the teacher by a link.
+    assert len(made) == 9
     assert tiny("--sets", "tiny", "--seeds", "0,1", "--write") == first
     assert made == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
@@ -90,7 +93,7 @@ def test_a_set_with_a_base_takes_its_teacher_and_baseline(tiny, tmp_path):
     with pytest.raises(SystemExit, match="run that set first"):
         tiny("--sets", "more", "--seeds", "0")
     text = tiny("--sets", "more,tiny", "--recipes", "vanilla_kd", "--seeds", "0", "--write")
-    assert text.index("**tiny**") < text.index("**more**")
+    assert text.index("**more**") < text.index("another table") < text.index("**tiny**")
     work = tmp_path / "work"
     assert os.path.samefile(work / "more" / "base" / "teacher", work / "tiny" / "base" / "teacher")
     rows = [line for line in text.splitlines() if line.startswith("| baseline")]
@@ -102,7 +105,7 @@ def test_without_write_the_file_stays_and_an_unfinished_recipe_is_left_out(tiny,
     tiny("--sets", "tiny", "--recipes", "rkd", "--seeds", "0")
     shutil.rmtree(tmp_path / "work" / "tiny" / "rkd" / "student")
     assert "a former table" in tiny("--sets", "tiny", "--seeds", "0", "--table")
-    shown = capsys.readouterr().out.splitlines()[-6:]
+    shown = capsys.readouterr().out.splitlines()[-8:]
     assert any(line.startswith("| baseline") for line in shown)
     assert not any(line.startswith("| rkd") for line in shown)
 
@@ -185,7 +188,9 @@ def test_the_table_of_images_is_that_of_the_examples_predictions(bench, tmp_path
     monkeypatch.setattr("sys.argv", ["images.py", *places, "--seeds", "0,1", "--max_steps", "2", "--write"])
     bench["images"].main()
     text = results.read_text()
-    assert text.startswith("above\n<!-- images: begin -->\n```\npython benchmarks/accuracy/images.py --data DATA ")
+    assert text.startswith(
+        "above\n<!-- images: begin -->\n<!-- set mnist -->\n```\npython benchmarks/accuracy/images.py "
+    )
     assert text.endswith("<!-- images: end -->\nbelow\n")
     assert "a former table" not in text
     kept = np.load(tmp_path / "work" / "predictions.npz")
@@ -206,3 +211,42 @@ def test_a_file_without_marks_is_not_written(bench, tmp_path):
     with pytest.raises(SystemExit, match="has no lines"):
         bench["table"].write_section([], results, "--seeds 0")
     assert results.read_text() == "nothing here\n"
+
+
+def test_recipes_are_compared_with_the_baseline_that_validation_prefers(bench, tmp_path):
+    validation = {"base": (0.80, 0.84), "base_long": (0.70, 0.95)}
+    for name, values in validation.items():
+        for seed, value in enumerate(values):
+            folder = tmp_path / name / "baseline" / f"seed-{seed}"
+            folder.mkdir(parents=True)
+            record = {"steps": 10, "seconds": 1.0, "validation": {"accuracy": value, "f1_macro": 1 - value}}
+            (folder / "stage.json").write_text(json.dumps(record))
+    kinds = [f"{name}/baseline" for name in validation]
+    scores = bench["scores"].SetScores("known", tmp_path, [0, 1], [], kinds)
+    scores.labels = np.array([0, 1])
+    assert scores.validation() == {"base/baseline": pytest.approx(0.82), "base_long/baseline": pytest.approx(0.825)}
+    assert scores.baseline == "base_long/baseline"
+    scores = bench["scores"].SetScores("known", tmp_path, [0, 1], [], kinds)
+    scores.labels = np.array([[0, 1], [1, 1]])
+    assert scores.baseline == "base/baseline"
+
+
+def test_the_interval_of_a_recipe_is_over_rows_and_seeds(bench, tmp_path):
+    """The seeds of the recipe disagree: rows alone would give about 0.09."""
+    rng = np.random.default_rng(0)
+    scores = bench["scores"].SetScores("known", tmp_path, [0, 1], [])
+    scores.labels = rng.integers(0, 2, 300)
+    shares = {"base/teacher": 0.95, "recipe/student/seed-0": 0.95}
+    known = {}
+
+    def logits(model):
+        if model not in known:
+            right = rng.random(300) < shares.get(model, 0.7)
+            known[model] = np.eye(2)[np.where(right, scores.labels, 1 - scores.labels)]
+        return known[model]
+
+    scores.logits = logits
+    low, high = scores.interval("recipe")
+    difference = np.mean(scores.of_seeds("recipe/student")) - np.mean(scores.of_seeds("base/baseline"))
+    assert low < difference < high
+    assert high - low > 0.2

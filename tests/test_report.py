@@ -50,7 +50,7 @@ def test_gap_closed_is_not_defined_without_a_gap():
 
 def test_the_interval_of_the_difference_knows_that_seeds_differ():
     """Two seeds with opposite results: rows alone would give a narrow interval around their mean."""
-    from distill_nlp.report.build import _compare
+    from distill_nlp.report.build import compare_seeds
 
     rng = np.random.default_rng(0)
     labels = np.zeros(2000, dtype=int)
@@ -61,7 +61,7 @@ def test_the_interval_of_the_difference_knows_that_seeds_differ():
 
     models = {"teacher": logits(0.95), "baseline/0": logits(0.80), "baseline/1": logits(0.80)}
     models |= {"student/0": logits(0.90), "student/1": logits(0.72)}
-    difference = _compare(models, labels, [0, 1], 1000)["difference"]
+    difference = compare_seeds(models, labels, [0, 1], 1000)["difference"]
     assert difference["value"] == pytest.approx(0.01, abs=0.02)
     assert difference["interval"][0] < -0.06
     assert difference["interval"][1] > 0.08

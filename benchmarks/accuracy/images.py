@@ -71,7 +71,7 @@ def main() -> None:
         sys.exit(code)
     scores = ImageScores("mnist", options.work, [int(seed) for seed in options.seeds.split(",")], [RECIPE])
     shown = f"python benchmarks/accuracy/images.py --data DATA --work DIR --seeds {options.seeds}"
-    print(write_section([scores], RESULTS, shown if options.write else None, mark="images"))
+    print(write_section([scores], RESULTS, {"mnist": shown} if options.write else None, mark="images"))
 
 
 if __name__ == "__main__":

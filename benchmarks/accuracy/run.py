@@ -6,7 +6,9 @@
 
 Every model is trained by `distill-nlp run` in a process of its own, from a config that is laid down in the work folder:
 a recipe of configs/recipes with the data, models and sizes of benchmarks/accuracy/sets over it. The teacher of a set is
-trained once, the baseline once per seed. What is finished is not done again, so a killed run goes on.
+trained once. Baselines are trained with the budgets of `BASELINES`, that is steps, learning rate and evaluations, once
+per seed each; those that are best by validation score are what all recipes are compared with. What is finished is not
+done again, so a killed run goes on. `--write` puts a set's table in the place of its former one and leaves the others.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 RECIPES = REPOSITORY / "configs" / "recipes"
 RESULTS = REPOSITORY / "benchmarks" / "RESULTS.md"
-# The baseline does not depend on losses; any recipe of one phase serves to lay down its config.
-PLAIN = "vanilla_kd"
+# A baseline does not depend on losses: these recipes lend it their training, the shortest and the longest.
+BASELINES = {"base": "vanilla_kd", "base_long": "all_in_one"}
 
 
 def main() -> None:
@@ -44,7 +46,8 @@ def main() -> None:
         scores = bench.scores()
         if scores is not None:
             finished.append(scores)
-    print(write_section(finished, RESULTS, _command(options) if options.write else None))
+    commands = {scores.name: _command(scores, options) for scores in finished} if options.write else None
+    print(write_section(finished, RESULTS, commands))
 
 
 def _arguments() -> argparse.Namespace:
@@ -63,9 +66,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _command(options: argparse.Namespace) -> str:
-    """What to type for these tables, with names in the place of this machine's folders."""
-    lists = {"sets": options.sets, "recipes": options.recipes, "seeds": options.seeds}
+def _command(scores: SetScores, options: argparse.Namespace) -> str:
+    """What to type for a set's table, with names in the place of this machine's folders."""
+    lists = {"sets": [scores.name], "recipes": scores.recipes, "seeds": options.seeds}
     given = [f"--{name} {','.join(map(str, values))}" for name, values in lists.items()]
     command = "python benchmarks/accuracy/run.py --data DATA --teacher CHECKPOINT --work DIR"
     return " ".join([command, *given, f"--jobs {options.jobs}"])
@@ -105,20 +108,24 @@ class Bench:
     def train(self) -> None:
         if self.base is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / "base").exists():
-                (self.folder / "base").symlink_to(Path("..") / self.base / "base")
-        self._lay_down(PLAIN, "base")
+            for name in BASELINES:
+                if not (self.folder / name).exists():
+                    (self.folder / name).symlink_to(Path("..") / self.base / name)
+        for name, recipe in BASELINES.items():
+            self._lay_down(recipe, name)
         if self.base is None:
             self._distill("base", "teacher")
         elif not self._finished("base/teacher"):
             raise SystemExit(f"{self.name} takes teacher and baseline of {self.base}: run that set first")
         for recipe in self.recipes:
             self._lay_down(recipe, recipe)
-            own = self.folder / recipe
+        for name in (*BASELINES, *self.recipes):
+            own = self.folder / name
             own.mkdir(parents=True, exist_ok=True)
             if not (own / "teacher").exists():
                 (own / "teacher").symlink_to(Path("..") / "base" / "teacher")
-        jobs = [("base", "baseline", seed) for seed in self.options.seeds if self.base is None]
+        seeds = self.options.seeds if self.base is None else []
+        jobs = [(name, "baseline", seed) for seed in seeds for name in BASELINES]
         jobs += [(recipe, "student", seed) for seed in self.options.seeds for recipe in self.recipes]
         with ThreadPoolExecutor(self.options.jobs) as pool:
             list(pool.map(lambda job: self._distill(*job), jobs))
@@ -142,10 +149,12 @@ class Bench:
 
     def scores(self) -> SetScores | None:
         """Of the models that are finished for all seeds; None where teacher or baselines are not."""
-        if not self._finished("base/teacher") or not all(self._finished(path) for path in self._seeds("base/baseline")):
+        kinds = [f"{name}/baseline" for name in BASELINES]
+        needed = ["base/teacher", *(path for kind in kinds for path in self._seeds(kind))]
+        if not all(map(self._finished, needed)):
             return None
         done = [recipe for recipe in self.recipes if all(map(self._finished, self._seeds(f"{recipe}/student")))]
-        return SetScores(self.name, self.folder, self.options.seeds, done)
+        return SetScores(self.name, self.folder, self.options.seeds, done, kinds)
 
     def _seeds(self, kind: str) -> Iterator[str]:
         return (f"{kind}/seed-{seed}" for seed in self.options.seeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,11 @@ from distill_nlp.config_file import load_experiment
 from distill_nlp.inference import predict_logits
 from distill_nlp.loading import load_classifier
 from distill_nlp.materials import Materials
+from distill_nlp.report.build import compare_seeds
 from distill_nlp.report.scores import right_rows, scores
 from distill_nlp.report.statistics import mcnemar, paired_over_seeds
+
+_RESAMPLES = 2000
 
 
 @dataclass
@@ -29,12 +33,14 @@ class SetScores:
         folder: with `base/` and a folder for each recipe.
         seeds: of baselines and students.
         recipes: that are finished for all seeds.
+        baselines: folders of the baselines of each budget.
     """
 
     name: str
     folder: Path
     seeds: list[int]
     recipes: list[str]
+    baselines: Sequence[str] = ("base/baseline",)
 
     @cached_property
     def _materials(self) -> Materials:
@@ -77,8 +83,35 @@ class SetScores:
     def score(self, model: str) -> float:
         return scores(self.logits(model), self.labels)["accuracy" if self.labels.ndim == 1 else "f1_macro"]
 
+    @cached_property
+    def baseline(self) -> str:
+        """The folder of the baselines whose validation scores have the best mean."""
+        if len(self.baselines) == 1:
+            return self.baselines[0]
+        found = self.validation()
+        return max(found, key=found.__getitem__)
+
+    def validation(self) -> dict[str, float]:
+        """The mean of each budget's validation scores over seeds; of each seed that of its best checkpoint."""
+        metric = "accuracy" if self.labels.ndim == 1 else "f1_macro"
+        records = {kind: self.stages(kind) for kind in self.baselines}
+        return {kind: float(np.mean([one["validation"][metric] for one in own])) for kind, own in records.items()}
+
+    def steps(self, kind: str) -> int:
+        """Of one seed, all phases together."""
+        return round(sum(record["steps"] for record in self.stages(kind)) / len(self.seeds))
+
+    def interval(self, recipe: str) -> tuple[float, float]:
+        """95%, of the recipe's score less the baseline's, over test rows and seeds."""
+        logits = {"teacher": self.logits("base/teacher")}
+        for seed in self.seeds:
+            logits[f"baseline/{seed}"] = self.logits(f"{self.baseline}/seed-{seed}")
+            logits[f"student/{seed}"] = self.logits(f"{recipe}/student/seed-{seed}")
+        low, high = compare_seeds(logits, self.labels, self.seeds, _RESAMPLES)["difference"]["interval"]
+        return low, high
+
     def of_seeds(self, kind: str) -> list[float]:
-        """Of all seeds of `base/baseline` or `RECIPE/student`."""
+        """Of all seeds of `BUDGET/baseline` or `RECIPE/student`."""
         return [self.score(f"{kind}/seed-{seed}") for seed in self.seeds]
 
     def against_baseline(self, recipe: str) -> tuple[float, list[float]]:
@@ -87,13 +120,13 @@ class SetScores:
         The first is of `paired_over_seeds`.
         """
         pairs = [
-            (self.right(f"{recipe}/student/seed-{seed}"), self.right(f"base/baseline/seed-{seed}"))
+            (self.right(f"{recipe}/student/seed-{seed}"), self.right(f"{self.baseline}/seed-{seed}"))
             for seed in self.seeds
         ]
         return paired_over_seeds(pairs), [mcnemar(student, baseline)["p_value"] for student, baseline in pairs]
 
     def stages(self, kind: str) -> list[dict[str, Any]]:
-        """The records of all stages, phases too, of `base/baseline` or `RECIPE/student`."""
+        """The records of all stages, phases too, of `BUDGET/baseline` or `RECIPE/student`."""
         folder = self.folder / kind
         return [
             json.loads(path.read_text())

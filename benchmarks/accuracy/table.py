@@ -3,52 +3,74 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from scores import SetScores
 
 from distill_nlp.report.statistics import gap_closed
 
+_BLOCK = re.compile(r"<!-- set (\S+) -->")
 
-def write_section(sets: list[SetScores], results: Path, command: str | None, mark: str = "accuracy") -> str:
-    """The tables of all sets; with the command that made them, also put between its marks in the results' file.
+
+def write_section(
+    sets: list[SetScores], results: Path, commands: Mapping[str, str] | None, mark: str = "accuracy"
+) -> str:
+    """The tables of the sets; with the commands that made them, each also takes its place in the results' file.
+
+    Args:
+        sets: with their scores.
+        results: file with the lines `<!-- MARK: begin -->` and `<!-- MARK: end -->`, between which tables stand; those
+            of other sets stay as they are.
+        commands: set -> what made its table.
+        mark: of the place.
 
     Raises:
         SystemExit: the file has no such marks.
     """
-    text = "\n\n".join(_table(scores) for scores in sets)
-    if command is not None:
+    tables = {scores.name: _table(scores) for scores in sets}
+    if commands is not None:
         begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
         before, _, rest = results.read_text(encoding="utf-8").partition(begin)
-        _, found, after = rest.partition(end)
+        there, found, after = rest.partition(end)
         if not found:
             raise SystemExit(f"{results} has no lines {begin} and {end} to put the tables between")
-        body = f"```\n{command}\n```\n\n{text}"
+        blocks = {name: body.strip() for name, body in zip(*[iter(_BLOCK.split(there)[1:])] * 2, strict=True)}
+        blocks |= {name: f"```\n{commands[name]}\n```\n\n{table}" for name, table in tables.items()}
+        body = "\n\n".join(f"<!-- set {name} -->\n{blocks[name]}" for name in sorted(blocks))
         results.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
-    return text
+    return "\n\n".join(tables.values())
 
 
 def _table(scores: SetScores) -> str:
-    teacher = scores.score("base/teacher")
-    baseline = scores.of_seeds("base/baseline")
+    teacher, kind = scores.score("base/teacher"), scores.baseline
+    baseline = scores.of_seeds(kind)
+    # McNemar's test and the t-test are of rows, right or wrong: where the score is macro-F1, of whole sets of labels.
+    of = "" if scores.metric == "accuracy" else " (sets of labels)"
     lines = [
         f"**{scores.name}**: {len(scores.labels):,} test rows, seeds {', '.join(map(str, scores.seeds))}",
         "",
-        f"| | {scores.metric} | gap closed | p, all seeds | p, each seed | steps | minutes |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        f"| teacher | {teacher:.4f} | | | | | |",
-        f"| baseline | {_mean_sd(baseline)} | | | | {_cost(scores, 'base/baseline')} |",
+        f"| | {scores.metric} | gap closed | over the baseline, 95% | p, all seeds{of} | p, each seed{of} | steps "
+        "| minutes |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| teacher | {teacher:.4f} | | | | | | |",
+        f"| baseline | {_mean_sd(baseline)} | | | | | {_cost(scores, kind)} |",
     ]
     for recipe in scores.recipes:
         student = scores.of_seeds(f"{recipe}/student")
         closed = float(gap_closed(teacher, statistics.mean(baseline), statistics.mean(student)))
         gap = f"{closed:.0%}" if math.isfinite(closed) else "no gap"
+        low, high = scores.interval(recipe)
         pooled, each = scores.against_baseline(recipe)
         lines.append(
-            f"| {recipe} | {_mean_sd(student)} | {gap} | {pooled:.1g} | "
+            f"| {recipe} | {_mean_sd(student)} | {gap} | {100 * low:+.1f} … {100 * high:+.1f} | {pooled:.1g} | "
             f"{', '.join(f'{p:.1g}' for p in each)} | {_cost(scores, f'{recipe}/student')} |"
         )
+    if len(scores.baselines) > 1:
+        tried = (f"{value:.4f} after {scores.steps(own):,} steps" for own, value in scores.validation().items())
+        lines += ["", f"Baselines, mean of the validation scores: {', '.join(tried)}."]
     return "\n".join(lines)
 
 
@@ -59,7 +81,5 @@ def _mean_sd(values: list[float]) -> str:
 
 def _cost(scores: SetScores, kind: str) -> str:
     """Steps and minutes of one seed."""
-    records, seeds = scores.stages(kind), len(scores.seeds)
-    steps = sum(record["steps"] for record in records) / seeds
-    minutes = sum(record["seconds"] for record in records) / seeds / 60
-    return f"{steps:,.0f} | {minutes:.1f}"
+    minutes = sum(record["seconds"] for record in scores.stages(kind)) / len(scores.seeds) / 60
+    return f"{scores.steps(kind):,} | {minutes:.1f}"

@@ -77,7 +77,7 @@ def build_report(
             "baseline": _seeds("baseline", baselines, logits, labels) | costs["baseline"],
             "student": _seeds("student", students, logits, labels) | costs["student"],
         },
-        "comparison": _compare(logits, labels, list(students), settings.bootstrap_samples),
+        "comparison": compare_seeds(logits, labels, list(students), settings.bootstrap_samples),
         "machine": machine(device),
         LOGITS: {**logits, "labels": labels},
     }
@@ -113,8 +113,18 @@ def _scored(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     return {**scores(logits, labels), **quality(logits, labels), **detail(logits, labels)}
 
 
-def _compare(logits: dict[str, np.ndarray], labels: np.ndarray, seeds: list[int], samples: int) -> dict[str, Any]:
-    """Student against baseline: differences with intervals over rows and seeds, and McNemar's test for each seed."""
+def compare_seeds(logits: Logits, labels: np.ndarray, seeds: list[int], samples: int) -> dict[str, Any]:
+    """Student against baseline: differences with intervals over rows and seeds, and McNemar's test for each seed.
+
+    Args:
+        logits: of `teacher`, `baseline/SEED` and `student/SEED`, (N, C) each.
+        labels: (N,) classes, or (N, C) of 0 and 1.
+        seeds: of baselines and students.
+        samples: number of resamples.
+
+    Returns:
+        See `schema.Comparison`.
+    """
     baselines, students = ([f"{kind}/{seed}" for seed in seeds] for kind in ("baseline", "student"))
     # Each resample draws test rows, the same for all models, and then seeds: another run would have had other ones.
     (t, b, s), values = compared(logits, labels, [["teacher"], baselines, students], samples)  # (samples, 1 + 2 seeds)
