@@ -14,9 +14,10 @@ from distill_nlp.loading import load_classifier
 from distill_nlp.losses import CrossEntropyLoss
 from distill_nlp.materials import Materials
 from distill_nlp.stage_runner import StageRunner
-from distill_nlp.stage_training import TrainingJob, same_budget, training_arguments
+from distill_nlp.stage_training import TrainingJob
 from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher_stages import TeacherStages
+from distill_nlp.training_settings import same_budget, training_arguments
 
 
 class StudentStages:

@@ -54,6 +54,18 @@ class TermLog:
             self._warn(name.removeprefix("loss_"), entries[name])
         return entries
 
+    def state(self) -> dict[str, Any]:
+        """What has come together since the last reading, as numbers; waits for the device."""
+        sums = {name: float(total) for name, total in self._sums.items()}
+        norms = {name: [norm.item() for norm in found] for name, found in self._norms.items()}
+        return {"sums": sums, "steps": dict(self._steps), "norms": norms}
+
+    def restore(self, state: dict[str, Any], device: Any) -> None:
+        """Goes on from what `state` gave."""
+        self._sums = {name: torch.tensor(total, device=device) for name, total in state["sums"].items()}
+        self._steps = dict(state["steps"])
+        self._norms = {n: [torch.tensor(norm, device=device) for norm in found] for n, found in state["norms"].items()}
+
     def _warn(self, name: str, value: float) -> None:
         """Once for each term: a loss that is not finite, or one that is exactly zero and so teaches nothing."""
         kind = "zero" if value == 0 else "not finite"

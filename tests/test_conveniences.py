@@ -29,10 +29,11 @@ from distill_nlp.config import TrainingSection
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.losses.cross_entropy import balanced_class_weights
 from distill_nlp.objective import DistillationObjective
-from distill_nlp.stage_training import TrainingJob, training_arguments
+from distill_nlp.stage_training import TrainingJob
 from distill_nlp.stages import StageFolder
 from distill_nlp.trainer import DistillationTrainer
 from distill_nlp.training_end import take_over_the_end
+from distill_nlp.training_settings import training_arguments
 
 HEAD = ("pre_classifier.", "classifier.")
 
