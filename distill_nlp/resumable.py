@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from distill_nlp.arguments import setting_of
-from distill_nlp.durable_files import storage_problem
+from distill_nlp.durable_files import read_json, storage_problem
 from distill_nlp.hub.publishing import PublishingTrainer
 from distill_nlp.interruption import Interrupted, active_watch
 from distill_nlp.manifests import (
@@ -24,7 +24,7 @@ from distill_nlp.manifests import (
     write_manifest,
 )
 from distill_nlp.nonfinite import FiniteCheck, rows_of_batch
-from distill_nlp.resume_state import ResumeState
+from distill_nlp.resume_state import ResumeState, state_file
 from distill_nlp.terms import TermLog
 
 logger = logging.getLogger(__name__)
@@ -135,9 +135,24 @@ class ResumableTrainer(PublishingTrainer):
                 logs["nonfinite_steps"] = self.nonfinite.skipped
             if self.nonfinite.overflows:
                 logs["fp16_overflows"] = self.nonfinite.overflows
+        # Only where a training was not run in this process, so that the results of two runs would differ by it.
+        logs.pop("eval_model_preparation_time", None)
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
+
+    def log_the_end(self, checkpoint: Path) -> None:
+        """The last entry of the log of a training that was over at this checkpoint, where it was not written any more.
+
+        Args:
+            checkpoint: whose state the trainer has.
+        """
+        saved = read_json(state_file(checkpoint, self.args.process_index))
+        if saved is None or any("train_loss" in entry for entry in self.state.log_history):
+            return
+        self._total_loss_scalar = saved["loss_before"] + saved["loss_since_log"]
+        self.nonfinite.restore(saved["nonfinite"])
+        self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
 
     # ---- saving ----
 

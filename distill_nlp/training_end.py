@@ -27,6 +27,7 @@ def take_over_the_end(trainer: DistillationTrainer, checkpoint: Path) -> bool:
     # The folder may have moved since.
     trainer.state.best_model_checkpoint = None if best is None else str(best)
     trainer._load_from_checkpoint(str(checkpoint if best is None else best))
+    trainer.log_the_end(checkpoint)
     return True
 
 

@@ -109,6 +109,7 @@ def test_a_training_that_is_told_to_stop_goes_on_bit_for_bit(make_trainer, tmp_p
         assert take_over_the_end(trainer, newest)
         found = parameters_of(trainer.model)
         assert all(torch.equal(found[name], uninterrupted[0][name]) for name in uninterrupted[0])
+        assert without_times(trainer.state.log_history) == uninterrupted[1]
         return
     output = trainer.train(resume_from_checkpoint=True)
     assert_same(trainer, output, uninterrupted)
