@@ -37,6 +37,8 @@ from distill_nlp.cli import main
 from distill_nlp.manifests import damage
 
 torch.set_num_threads(1)
+# As where matplotlib is not installed: plots are half of the time of such a run, and write nothing of their own.
+sys.modules["matplotlib"] = None
 # Else each training collects all that was imported, and a child copies the memory of it.
 gc.freeze()
 

@@ -2,9 +2,9 @@
 
     python tests/faults/kill.py --kills 200
 
-Prints a table of where the kills fell and how many runs ended with the same weights, logs and report; exit code 1
-if one did not. The faults are drawn by --seed: SIGKILL after a random while, SIGKILL right before the n-th file that the run
-opens to write, renames or removes, death in a given place (a save, the cache fill, ...), and SIGTERM after a while.
+Prints a table of where the kills fell and how many runs ended with the same weights, logs and report; exit code 1 if
+one did not. The faults are drawn by --seed: SIGKILL after a random while; SIGKILL right before the n-th file that the
+run opens to write, renames or removes; death in a given place (a save, the cache fill, ...); SIGTERM after a while.
 """
 
 from __future__ import annotations
