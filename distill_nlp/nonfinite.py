@@ -241,11 +241,14 @@ def _kind(value: float) -> str:
     return "NaN" if math.isnan(value) else "infinite"
 
 
-def rows_of_batch(loader: Any, accumulation: int, begin_of_epoch: torch.Tensor | None, step: int, micro: int) -> Any:
+def rows_of_batch(
+    loader: Any, state: Any, accumulation: int, begin_of_epoch: torch.Tensor | None, step: int, micro: int
+) -> list[int] | None:
     """The numbers of the rows of a micro-batch on this rank, drawn again as they were; None of data without an order.
 
     Args:
         loader: of the training, as accelerate has prepared it.
+        state: of the trainer, whose epoch some samplers ask for.
         accumulation: micro-batches of a step.
         begin_of_epoch: state of PyTorch's generator as the epoch of the step began.
         step: counted from 0.
@@ -255,12 +258,15 @@ def rows_of_batch(loader: Any, accumulation: int, begin_of_epoch: torch.Tensor |
         return None
     per_epoch = max(1, -(-len(loader) // accumulation))
     epoch, place = step // per_epoch, step % per_epoch * accumulation + micro
-    with torch.random.fork_rng(devices=[]):
-        if begin_of_epoch is not None:
-            torch.random.set_rng_state(begin_of_epoch)
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        for number, rows in enumerate(loader.batch_sampler):
-            if number == place:
-                return list(rows)
-    return None
+    before, state.epoch = state.epoch, float(epoch)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if begin_of_epoch is not None:
+                torch.random.set_rng_state(begin_of_epoch)
+            # The loader draws a seed for its workers first.
+            torch.empty((), dtype=torch.int64).random_(generator=getattr(loader, "generator", None))
+            if hasattr(loader, "set_epoch"):
+                loader.set_epoch(epoch)
+            return next((list(rows) for number, rows in enumerate(loader.batch_sampler) if number == place), None)
+    finally:
+        state.epoch = before

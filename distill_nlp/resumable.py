@@ -57,7 +57,7 @@ class ResumableTrainer(PublishingTrainer):
 
     def _rows_of(self, step: int, micro: int) -> Any:
         loader, accumulation = self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
-        return rows_of_batch(loader, accumulation, self._resume_state.begin_of_epoch, step, micro)
+        return rows_of_batch(loader, self.state, accumulation, self._resume_state.begin_of_epoch, step, micro)
 
     # ---- going on ----
 

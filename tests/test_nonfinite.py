@@ -60,28 +60,31 @@ def test_the_error_names_step_term_and_rows_and_the_last_good_checkpoint_stays(m
     assert (whole.name, damage(whole)) == ("checkpoint-2", None)
 
 
-def test_rows_are_those_of_an_order_that_was_drawn(make_trainer):
-    """Of the second epoch, by length, in two micro-batches a step."""
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+@pytest.mark.parametrize("call", [4, 7, 16])
+def test_rows_are_those_of_an_order_that_was_drawn(make_trainer, strategy, call):
+    """In two micro-batches a step, of the first epoch and the second, and at its end."""
     seen = []
 
     class Marked(Spoilt):
         def forward(self, student, teacher, labels, attention_mask):
-            seen.append(attention_mask.sum().item())
+            seen.append((attention_mask.sum().item(), sorted(labels.tolist())))
             return super().forward(student, teacher, labels, attention_mask)
 
     data = make_dataset(16)
     trainer = spoilt_trainer(
-        make_trainer, Marked([7]), data=data, train_sampling_strategy="group_by_length", logging_steps=1,
+        make_trainer, Marked([call]), data=data, train_sampling_strategy=strategy, logging_steps=1,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, save_strategy="no", max_steps=8,
     )  # fmt: skip
     torch.manual_seed(3)
     with pytest.raises(NonFiniteError) as error:
         trainer.train()
     text = str(error.value)
-    assert text.startswith("step 4: the loss ce is NaN, in a batch of rows ")
+    assert text.startswith(f"step {(call + 1) // 2}: the loss ce is NaN, in a batch of rows ")
     rows = [int(row) for row in text.partition("rows ")[2].partition(" of")[0].split(", ")]
     assert len(rows) == 2
-    assert sum(len(data[row]["input_ids"]) for row in rows) == seen[6]
+    lengths, labels = ([data[row][name] for row in rows] for name in ("input_ids", "labels"))
+    assert (sum(map(len, lengths)), sorted(labels)) == seen[call - 1]
 
 
 def test_a_student_that_answers_nan_is_named_with_those_rows(make_trainer):

@@ -72,9 +72,9 @@ class FaultTest:
         self.reference = results_of(self.whole)
         report = ("report", "predictions")
         self.trained = {name: value for name, value in self.reference.items() if name not in report}
-        # Killed while the last phase writes its third checkpoint: two are whole, the cache is filled.
+        # Killed as the last phase begins to write its third checkpoint (the stages write 4, 7, 4 and 4 of them).
         self.half = folder / "half"
-        found = self.run("half", *TRAINING, prepare=die_in("a save", 15, 0.0))
+        found = self.run("half", *TRAINING, prepare=die_in("a save", 18, 0.0))
         if found.code != -signal.SIGALRM or not (self.half / "student" / "seed-0.partial").is_dir():
             raise RuntimeError(f"the run that was to be killed in the last phase ended by {found.code}: {found.said}")
 
