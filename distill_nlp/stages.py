@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,10 @@ from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.manifests import MANIFEST_FILE, checkpoints, damage, newest_intact, remove_checkpoint, write_manifest
 
 STAGE_FILE = "stage.json"
+
+# A lock is held as long as any process has its file open: a forked worker that outlives its parent must not.
+_locked: set[int] = set()
+os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _locked])
 Fingerprint = dict[str, Any]
 """Everything that the result depends on, as nested plain values."""
 
@@ -80,9 +85,13 @@ class StageFolder:
         except NotImplementedError:
             # A file system that knows no locks; there a second run is the user's care.
             pass
+        handle = getattr(getattr(lock, "_context", None), "lock_file_fd", None)
+        if handle is not None:
+            _locked.add(handle)
         try:
             yield
         finally:
+            _locked.discard(handle)
             lock.release()
 
     def begin(self, fingerprint: Fingerprint) -> None:

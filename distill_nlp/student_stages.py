@@ -138,6 +138,9 @@ class StudentStages:
         names = [f"student, seed {seed}"]
         if len(folders) > 1:
             names = [f"student {seed}, phase {i + 1}" for i in range(len(folders))]
+        for folder in folders[:-1]:
+            # Refused where it is damaged, although nothing may be made of it any more.
+            folder.record()
         # The last one is made of all the others.
         if self.runner.is_done(folders[-1], fingerprints[-1], names[-1]):
             return

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -203,6 +206,27 @@ def test_a_dead_process_holds_no_stage(tmp_path):
         process.communicate()
     with StageFolder(tmp_path / "seed-0").claimed():
         pass
+
+
+def test_a_worker_that_outlives_its_parent_holds_no_stage(tmp_path):
+    """As those of a data loader do for seconds, when the run is killed."""
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        with StageFolder(tmp_path / "seed-0").claimed():
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.write(writing, str(worker).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(parent, 0)
+    worker = int(os.read(reading, 20))
+    try:
+        with StageFolder(tmp_path / "seed-0").claimed():
+            os.kill(worker, 0)  # it lives
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_where_files_cannot_be_locked_the_run_goes_on(tmp_path, monkeypatch):

@@ -353,7 +353,10 @@ def _unmeasured(value: Any) -> Any:
 
 def differences(run: Path, reference: dict[str, Any]) -> list[str]:
     """What a finished run has otherwise than the reference, or has left lying about."""
-    found = results_of(run)
+    try:
+        found = results_of(run)
+    except (OSError, ValueError) as error:
+        return [f"unreadable: {error}"]
     wrong = [name for name in sorted(reference.keys() | found.keys()) if found.get(name) != reference.get(name)]
     wrong += [f"left over: {path.relative_to(run)}" for path in run.rglob("*") if path.suffix in (".partial", ".old")]
     for record in run.rglob("stage.json"):
