@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from distill_nlp.resume_state import ResumeState, state_file
 from distill_nlp.terms import TermLog
 
 logger = logging.getLogger(__name__)
+
+# The file of PyTorch that writes files; each of its errors has it.
+_TORCH_WRITER = "inline_container"
+_ALMOST_NOTHING = 1 << 24  # bytes
 
 
 class CheckpointNotWritten(OSError):
@@ -170,7 +175,7 @@ class ResumableTrainer(PublishingTrainer):
             if self.args.should_save:
                 write_manifest(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not isinstance(error, OSError) and storage_problem(error) is None and "PytorchStream" not in str(error):
+            if not (isinstance(error, OSError) or storage_problem(error) or _TORCH_WRITER in str(error)):
                 raise
             raise self._not_written(folder, error) from error
         finally:
@@ -188,6 +193,9 @@ class ResumableTrainer(PublishingTrainer):
 
     def _not_written(self, folder: Path, error: Exception) -> CheckpointNotWritten:
         problem = storage_problem(error) or " ".join(str(error).split())
+        # PyTorch says only that its file is not where it should be.
+        if _TORCH_WRITER in problem and shutil.disk_usage(folder.parent).free < _ALMOST_NOTHING:
+            problem = "no space left on the disk"
         with suppress(OSError):
             remove_checkpoint(folder)
         whole = self._saved if self._saved is not None and self._saved.is_dir() else None

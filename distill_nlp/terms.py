@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ class TermLog:
         self._sums: dict[str, torch.Tensor] = {}
         self._steps: dict[str, int] = {}
         self._norms: dict[str, list[torch.Tensor]] = {}
-        self._warned: set[tuple[str, str]] = set()
+        self._warned: set[str] = set()
 
     def begin_step(self, names: Sequence[str]) -> None:
         """A step begins, in which these terms are computed."""
@@ -67,23 +66,15 @@ class TermLog:
         self._norms = {n: [torch.tensor(norm, device=device) for norm in found] for n, found in state["norms"].items()}
 
     def _warn(self, name: str, value: float) -> None:
-        """Once for each term: a loss that is not finite, or one that is exactly zero and so teaches nothing."""
-        kind = "zero" if value == 0 else "not finite"
-        if (name, kind) in self._warned or (math.isfinite(value) and value != 0):
+        """Once for each term: a loss that is exactly zero, and so teaches nothing."""
+        if value != 0 or name in self._warned:
             return
-        self._warned.add((name, kind))
-        if math.isfinite(value):
-            logger.warning(
-                "the loss %r is exactly zero: it teaches nothing. Were all rows unlabeled, had batches one row and so "
-                "nothing to relate, or are student and teacher the same?",
-                name,
-            )
-        else:
-            logger.warning(
-                "the loss %r is %s. Lower the learning rate or its weight, or look for extreme values in its inputs",
-                name,
-                value,
-            )
+        self._warned.add(name)
+        logger.warning(
+            "the loss %r is exactly zero: it teaches nothing. Were all rows unlabeled, had batches one row and so "
+            "nothing to relate, or are student and teacher the same?",
+            name,
+        )
 
 
 class FormulaPrinter(TrainerCallback):
