@@ -184,7 +184,7 @@ class TrainingJob:
         except NonFiniteError as error:
             raise DistillError(f"{self.name}: {error}") from error
         except CheckpointNotWritten as error:
-            raise DistillError(f"{self.name}: {error}; make room, then the same command goes on") from error
+            raise DistillError(f"{self.name}: {error}; when that is mended, the same command goes on") from error
         except Interrupted as error:
             raise Interrupted(error.signum, f"{self.name}: {error.saved}") from None
 

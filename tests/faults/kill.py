@@ -61,9 +61,10 @@ class KillTest:
     def kills(self) -> int:
         return sum(self.fallen.values())
 
-    def run(self, kills: int) -> None:
-        """Runs with faults until there were so many."""
-        while self.kills < kills:
+    def run(self, kills: int, minutes: float = float("inf")) -> None:
+        """Runs with faults until there were so many; after so many minutes no other run is begun."""
+        deadline = time.monotonic() + 60 * minutes
+        while self.kills < kills and time.monotonic() < deadline:
             self._one_run(min(kills - self.kills, self.draw.randint(2, _FAULTS_OF_A_RUN)))
 
     def _one_run(self, faults: int) -> None:
@@ -139,6 +140,7 @@ def main() -> int:
     """Runs the test as the command line asks."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="faults that must have fallen [200]")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--seed", type=int, default=0, help="of the faults [0]")
     parser.add_argument("--folder", type=Path, help="for the runs, kept where something is wrong")
     parser.add_argument("--json", type=Path, help="write the counts here")
@@ -147,7 +149,7 @@ def main() -> int:
     start = time.monotonic()
     test = KillTest(folder, known.seed, lambda line: print(line, flush=True))
     print(f"a run that nobody touches: {test.seconds:.1f} s, {test.events} file events", flush=True)
-    test.run(known.kills)
+    test.run(known.kills, known.minutes)
     print("\n".join(["", *test.table(), f"seed {known.seed}, {time.monotonic() - start:.0f} s"]))
     if known.json:
         counts = {f"{how} in {where}": count for (how, where), count in test.fallen.items()}
