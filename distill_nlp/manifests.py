@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ _CHUNK = 1 << 20
 # Hashing lets go of Python's lock; more threads than this wait for memory.
 _THREADS = 4
 
-# Of this process: a finished stage is looked at more than once. Path -> (what its files look like, damage).
-_verified: dict[Path, tuple[Any, str | None]] = {}
+# Of this process: a finished stage is looked at more than once. Manifest, names -> (what they look like, damage).
+_verified: dict[tuple[Path, tuple[str, ...]], tuple[Any, str | None]] = {}
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None, file: str = MANIFEST_FILE) -> None:
@@ -44,32 +44,37 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None, file: str =
     write_json(folder / file, {"files": dict(zip(names, entries, strict=True))})
 
 
-def damage(folder: Path, file: str = MANIFEST_FILE) -> str | None:
+def damage(folder: Path, file: str = MANIFEST_FILE, only: Collection[str] | None = None) -> str | None:
     """What is wrong with a folder that has a manifest, by the name of the first file; None if all is as written.
 
     Files that the manifest does not name are left out of account.
+
+    Args:
+        folder: to look at.
+        file: of the manifest.
+        only: names of files that matter; all that the manifest names where not given.
 
     Example:
         >>> damage(Path("checkpoints/checkpoint-100"))
         'optimizer.pt has 4096 of 8192 bytes'
     """
     names = _names_in(folder, file)
-    looks = None if names is None else tuple(_look(folder / name) for name in (file, *names))
-    known = _verified.get(folder / file)
-    if known is not None and looks is not None and known[0] == looks:
+    if names is None:
+        return f"{file} cannot be read" if (folder / file).exists() else f"{file} is missing"
+    if only is not None:
+        if lacking := sorted(set(only) - names.keys()):
+            return f"{file} does not name {lacking[0]}"
+        names = {name: names[name] for name in only}
+    looks = tuple(_look(folder / name) for name in (file, *names))
+    known = _verified.get((folder / file, tuple(names)))
+    if known is not None and known[0] == looks:
         return known[1]
-    found = _damage(folder, file)
-    if looks is not None:
-        _verified[folder / file] = (looks, found)
+    found = _damage(folder, names)
+    _verified[folder / file, tuple(names)] = (looks, found)
     return found
 
 
-def _damage(folder: Path, file: str) -> str | None:
-    if not (folder / file).exists():
-        return f"{file} is missing"
-    names = _names_in(folder, file)
-    if names is None:
-        return f"{file} cannot be read"
+def _damage(folder: Path, names: dict[str, Any]) -> str | None:
     # The cheap look first, at all of them.
     for name, entry in names.items():
         path = folder / name

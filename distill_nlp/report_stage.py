@@ -13,7 +13,7 @@ from distill_nlp.fingerprints import Fingerprints, plain
 from distill_nlp.manifests import damage
 from distill_nlp.report import (
     NO_PLOTS,
-    PAGE_FILE,
+    PREDICTIONS_FILE,
     REPORT_FILE,
     REPORT_MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -67,8 +67,10 @@ class ReportStage:
         teachers = self._teachers()
         fingerprint = self._fingerprint(makers)
         earlier = read_json(self.root / REPORT_FILE)
-        if (self.root / REPORT_FILE).exists() and (problem := damage(self.root, REPORT_MANIFEST_FILE)) is not None:
-            self.runner.say("report", f"the earlier one is left out, as it cannot be trusted: {problem}")
+        problem = damage(self.root, REPORT_MANIFEST_FILE, (REPORT_FILE, PREDICTIONS_FILE))
+        if problem is not None:
+            if (self.root / REPORT_FILE).exists():
+                self.runner.say("report", f"the earlier one is left out, as it cannot be trusted: {problem}")
             earlier, fresh = None, True
         if not again and earlier is not None and self._is_the_same(earlier, fingerprint):
             self.runner.say("report", f"done already: {self.root / 'report.md'}")
@@ -131,7 +133,7 @@ class ReportStage:
         return (
             report.get("schema_version") == SCHEMA_VERSION
             and report.get("run", {}).get("fingerprint") == fingerprint
-            and (self.root / PAGE_FILE).exists()
+            and damage(self.root, REPORT_MANIFEST_FILE) is None
         )
 
     def _stage_records(self) -> dict[str, Any]:

@@ -237,3 +237,19 @@ def test_where_files_cannot_be_locked_the_run_goes_on(tmp_path, monkeypatch):
     with StageFolder(tmp_path / "seed-0").claimed():
         (tmp_path / "done").touch()
     assert (tmp_path / "done").is_file()
+
+
+def test_all_files_are_on_the_disk_before_the_manifest_counts(tmp_path, monkeypatch):
+    from distill_nlp import manifests
+
+    (tmp_path / "work" / "inner").mkdir(parents=True)
+    for name in ("weights", "inner/state"):
+        (tmp_path / "work" / name).write_bytes(b"x")
+    seen = []
+    monkeypatch.setattr(manifests, "sync", lambda path: seen.append(path.relative_to(tmp_path / "work").as_posix()))
+    monkeypatch.setattr(manifests, "sync_names", lambda folder: seen.append("names"))
+    monkeypatch.setattr(manifests, "write_json", lambda path, value: seen.append(sorted(value["files"])))
+    write_manifest(tmp_path / "work")
+    assert seen[0] == "names"
+    assert sorted(seen[1:3]) == ["inner/state", "weights"]
+    assert seen[3] == ["inner/state", "weights"]
