@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             text = one_line(" ".join(str(error).split()))
             message, code = f"{type(error).__name__}: {text} (--debug shows the traceback)", 1
-            if (problem := storage_problem(error)) is not None:
-                message = f"{problem}: {text}; {AFTER_STORAGE.get(known.command, 'nothing was written')}"
+            if known.command in AFTER_STORAGE and (problem := storage_problem(error)) is not None:
+                message = f"{problem}: {text}; {AFTER_STORAGE[known.command]}"
         # What is wrong with the settings is the same on all ranks; what fails may fail on one.
         if _is_main_rank():
             print(f"error: {message}", file=sys.stderr)

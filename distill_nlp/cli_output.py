@@ -19,7 +19,7 @@ _AFTER_INTERRUPTION = {
     "sweep": "the same command goes on with its trials",
 }
 AFTER_STORAGE = {
-    name: f"make room, or give write permission, and {hint}; what was finished before is as it was"
+    name: f"make room, or give permission, and {hint}; what was finished before is as it was"
     for name, hint in _AFTER_INTERRUPTION.items()
 }
 """Command -> what to do when the disk refused something."""

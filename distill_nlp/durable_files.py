@@ -14,8 +14,8 @@ from typing import Any
 _LEFTOVER_SECONDS = 3600.0
 _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up"}
 _REFUSED = {
-    errno.EACCES: "no permission to write",
-    errno.EPERM: "no permission to write",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
     errno.EROFS: "the disk can only be read",
 }
 

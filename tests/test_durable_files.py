@@ -99,7 +99,7 @@ def wrapped(error):
     [
         (OSError(errno.ENOSPC, "x"), "no space left on the disk"),
         (OSError(errno.EDQUOT, "x"), "the disk quota is used up"),
-        (PermissionError(errno.EACCES, "x"), "no permission to write"),
+        (PermissionError(errno.EACCES, "x"), "permission denied"),
         (OSError(errno.EROFS, "x"), "the disk can only be read"),
         (OSError(errno.EFBIG, "x"), "a file may not be so large here"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "no space left on the disk"),
