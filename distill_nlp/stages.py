@@ -135,15 +135,16 @@ class StageFolder:
 
     def tidy(self) -> None:
         """Removes what a process left that was killed after it had put its result in place."""
-        attempt, record = read_json(self.work / STAGE_FILE), self.record()
-        is_of_the_result = attempt is not None and record is not None
-        is_of_the_result = is_of_the_result and attempt.get("fingerprint") == record.get("fingerprint")
-        if not is_of_the_result and not (record is not None and self._old.exists()):
+        record = self.record()
+        if record is None or not (self.work.exists() or self._old.exists()):
             return
+        # Without its file nothing can go on from it: the process was killed while it removed it.
+        attempt = read_json(self.work / STAGE_FILE) or record
+        is_over = attempt.get("fingerprint") == record.get("fingerprint")
         # Where another run is at work, it is not over.
         with suppress(UsageError), self.claimed():
             shutil.rmtree(self._old, ignore_errors=True)
-            if is_of_the_result:
+            if is_over:
                 shutil.rmtree(self.work, ignore_errors=True)
 
 

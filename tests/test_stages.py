@@ -156,6 +156,9 @@ def test_what_a_process_left_that_was_killed_at_its_very_end_is_removed(tmp_path
     (tmp_path / "student.old").mkdir()
     folder.tidy()
     assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["student"]
+    (folder.work / "checkpoints").mkdir(parents=True)  # killed while it was removed
+    folder.tidy()
+    assert not folder.work.exists()
     # An attempt with other settings may still be gone on with.
     write_json(folder.work / "stage.json", {"fingerprint": SETTINGS | {"seed": 2}})
     folder.tidy()
