@@ -57,7 +57,7 @@ def test_the_layers_shown_are_those_that_are_mapped():
 @pytest.mark.parametrize(
     "page",
     ["README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md"]
-    + sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    + [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))],
 )
 def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
