@@ -42,6 +42,10 @@ class DistillationArguments(TrainingArguments):
             `metric_for_best_model` (the loss unless given); None: never. With the counter restored, a training that
             goes on from a checkpoint stops where it would have stopped.
         early_stopping_threshold: what counts as an improvement: more than this over the best so far.
+        on_nonfinite: what follows a step whose loss or gradient is NaN or infinite: "stop" ends the training by a
+            `NonFiniteError`; "skip" leaves weights and optimizer as they were, logs `nonfinite_steps`, and goes on.
+            Either way it is seen when the training logs, evaluates or saves, before anything is saved.
+        max_nonfinite_steps: steps that "skip" leaves out in one training before it ends all the same.
 
     Raises:
         ValueError: an argument out of its range, or anything that `TrainingArguments` refuses.
@@ -82,6 +86,10 @@ class DistillationArguments(TrainingArguments):
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "An improvement is more than this over the best so far."}
     )
+    on_nonfinite: str = field(
+        default="stop", metadata={"help": "stop, or skip: what follows a step whose loss or gradient is not finite."}
+    )
+    max_nonfinite_steps: int = field(default=10, metadata={"help": "Steps that skip leaves out before it stops."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and infinite losses from the log. Off here: they should be seen."}
     )
@@ -106,6 +114,10 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"projection_init_batches must be at least 1, got {self.projection_init_batches}")
         if self.loss_balancing not in ("none", "gradient_norm"):
             raise ValueError(f"loss_balancing must be none or gradient_norm, got {self.loss_balancing!r}")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"on_nonfinite must be stop or skip, got {self.on_nonfinite!r}")
+        if self.max_nonfinite_steps < 0:
+            raise ValueError(f"max_nonfinite_steps must be >= 0, got {self.max_nonfinite_steps}")
         if self.term_gradient_norm_steps < 0:
             raise ValueError(f"term_gradient_norm_steps must be >= 0, got {self.term_gradient_norm_steps}")
         if self.unlabeled_ratio is not None and not 0 < self.unlabeled_ratio < 1:

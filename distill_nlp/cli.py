@@ -11,7 +11,7 @@ from typing import Any
 
 import distill_nlp
 from distill_nlp.cli_export import add_export, run_export
-from distill_nlp.cli_output import add_trust, show_report, trust_if_asked
+from distill_nlp.cli_output import AFTER_STORAGE, add_trust, interruption_line, show_report, trust_if_asked
 from distill_nlp.cli_output import is_main_rank as _is_main_rank
 from distill_nlp.cli_output import quiet as _quiet
 from distill_nlp.cli_output import to_stderr as _to_stderr
@@ -20,7 +20,9 @@ from distill_nlp.cli_results import add_results
 from distill_nlp.cli_settings import add_settings, dotted, positive, value_of
 from distill_nlp.config import STAGES, LossSection
 from distill_nlp.config_file import leaves, load_experiment
+from distill_nlp.durable_files import storage_problem
 from distill_nlp.errors import DistillError, UsageError, one_line
+from distill_nlp.interruption import SignalWatch, write_from_handler
 
 _LOSS_HELP = (
     "Values are YAML; defaults stand in brackets. Any setting of `training` can be given for the teacher alone, as "
@@ -33,7 +35,7 @@ _LOSS_HELP = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; gives its exit code: 0 done, 1 failed, 2 wrong usage or data, 130 interrupted."""
+    """Runs one command; gives its exit code: 0 done, 1 failed, 2 wrong usage or data, 130 or 143 interrupted."""
     # Before PyTorch loads its OpenMP: spinning threads make small operations many times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     parser = _parser()
@@ -41,15 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.command not in ("run", "report", "cache", "doctor", "sweep") and rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
-        return known.function(known, rest)
-    except KeyboardInterrupt:
-        hints = {
-            "run": "; the same command goes on from the last checkpoint",
-            "cache": "; the same command computes what is missing",
-            "sweep": "; the same command goes on with its trials",
-        }
-        print(f"\ninterrupted{hints.get(known.command, '')}", file=sys.stderr)
-        return 130
+        with SignalWatch(lambda line: write_from_handler(line) if _is_main_rank() else None):
+            return known.function(known, rest)
+    except KeyboardInterrupt as error:
+        if _is_main_rank():
+            print(f"\n{interruption_line(known.command, error, arguments)}", file=sys.stderr)
+        return getattr(error, "exit_code", 130)
     except BrokenPipeError:
         # The reader (`| head`) has gone; nothing is left to be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             text = one_line(" ".join(str(error).split()))
             message, code = f"{type(error).__name__}: {text} (--debug shows the traceback)", 1
+            if known.command in AFTER_STORAGE and (problem := storage_problem(error)) is not None:
+                message = f"{problem}: {text}; {AFTER_STORAGE[known.command]}"
         # What is wrong with the settings is the same on all ranks; what fails may fail on one.
         if _is_main_rank():
             print(f"error: {message}", file=sys.stderr)

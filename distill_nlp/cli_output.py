@@ -5,11 +5,48 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distill_nlp.hub.private import masked
+
+_AFTER_INTERRUPTION = {
+    "run": "the same command goes on from the last checkpoint",
+    "cache": "the same command computes what is missing",
+    "sweep": "the same command goes on with its trials",
+}
+AFTER_STORAGE = {
+    name: f"make room, or give permission, and {hint}; what was finished before is as it was"
+    for name, hint in _AFTER_INTERRUPTION.items()
+}
+"""Command -> what to do when the disk refused something."""
+
+
+def interruption_line(command: str, error: KeyboardInterrupt, arguments: Sequence[str] | None) -> str:
+    """What was interrupted, what is saved, and how to go on.
+
+    Args:
+        command: that was given.
+        error: an `Interrupted`, or a plain Ctrl-C.
+        arguments: of the command line; those of the process where not given.
+    """
+    happened = f"interrupted ({error})" if str(error) else "interrupted"
+    if command not in _AFTER_INTERRUPTION:
+        return happened
+    if not getattr(error, "saved", ""):
+        return f"{happened}; {_AFTER_INTERRUPTION[command]}"
+    if "WORLD_SIZE" in os.environ:
+        return f"{happened}; the same launch goes on from there"
+    given, shown = list(sys.argv[1:] if arguments is None else arguments), ["distill-nlp"]
+    for before, argument in zip(["", *given], given, strict=False):
+        # A token has no place in a log.
+        name, equals, _ = argument.partition("=")
+        secret = "token" in name and equals
+        shown.append("..." if "token" in before and "=" not in before else f"{name}=..." if secret else argument)
+    return f"{happened}; go on with: {shlex.join(shown)}"
 
 
 def to_stderr(line: str) -> None:

@@ -72,6 +72,10 @@ class TrainingSection(BaseModel):
         None, ge=1, description="stop after so many evaluations in a row without a better metric; else never"
     )
     early_stopping_threshold: float = Field(0.0, ge=0, description="better is by more than this")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a step with NaN or infinity ends the training, or is left out and counted"
+    )
+    max_nonfinite_steps: int = Field(10, ge=0, description="steps that skip leaves out in a training before it stops")
     logging_steps: float = Field(50, gt=0, description="steps between log entries; below 1, a part of all steps")
     dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare batches")
     report_to: str | list[str] = Field("none", description="trackers: tensorboard, wandb, trackio, ...")

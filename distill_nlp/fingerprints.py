@@ -13,10 +13,10 @@ from distill_nlp.config import Experiment, TrainingSection
 from distill_nlp.data import content_hash
 from distill_nlp.loading import checkpoint_print
 from distill_nlp.materials import Materials
-from distill_nlp.stage_training import effective
 from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.tokenization import tokenizer_hash
+from distill_nlp.training_settings import effective
 
 
 class Fingerprints:

@@ -20,12 +20,12 @@ from distill_nlp.loading import load_backbone, load_classifier, load_tokenizer
 from distill_nlp.losses import LOSSES, DistillationLoss, ModelShape
 from distill_nlp.losses.cross_entropy import BALANCED, balanced_class_weights
 from distill_nlp.objective import DistillationObjective
-from distill_nlp.stage_training import mixed_precision
 from distill_nlp.stages import Fingerprint
 from distill_nlp.student import build_student
 from distill_nlp.teacher_cache import PRECISIONS
 from distill_nlp.teacher_parts import TeacherPart, assign_tokenizers, prepared
 from distill_nlp.tokenization import token_difference, tokenize, tokenizer_hash
+from distill_nlp.training_settings import mixed_precision
 
 
 class Materials:

@@ -12,9 +12,9 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from distill_nlp.data_files import first_line
+from distill_nlp.durable_files import read_json
 from distill_nlp.errors import UsageError
 from distill_nlp.loading import load_classifier, load_config
-from distill_nlp.stages import read_json
 
 MODEL_FILE = "model.onnx"
 EXPORT_FILE = "export.json"

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from distill_nlp.config import CONFIG_FILE, STAGES, Experiment
 from distill_nlp.doctor import Finding, compact_lines, examine, examine_teachers, guarded
+from distill_nlp.durable_files import write_json
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.loading import trust_remote_code
@@ -20,10 +21,11 @@ from distill_nlp.materials import Materials
 from distill_nlp.output_folder import check_can_be_made, check_no_way_out
 from distill_nlp.report_stage import ReportStage
 from distill_nlp.stage_runner import StageRunner
-from distill_nlp.stage_training import Say, training_arguments
-from distill_nlp.stages import StageFolder, write_json
+from distill_nlp.stage_training import Say
+from distill_nlp.stages import StageFolder
 from distill_nlp.student_stages import StudentStages
 from distill_nlp.teacher_stages import TeacherStages
+from distill_nlp.training_settings import training_arguments
 
 
 class Pipeline:

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from distill_nlp.data import content_hash
+from distill_nlp.durable_files import read_json
 from distill_nlp.fingerprints import Fingerprints, plain
+from distill_nlp.manifests import damage
 from distill_nlp.report import (
     NO_PLOTS,
-    PAGE_FILE,
+    PREDICTIONS_FILE,
     REPORT_FILE,
+    REPORT_MANIFEST_FILE,
     SCHEMA_VERSION,
     ReportTeacher,
     build_report,
@@ -24,9 +27,9 @@ from distill_nlp.report import (
     write_report,
 )
 from distill_nlp.stage_runner import StageRunner
-from distill_nlp.stage_training import versions
-from distill_nlp.stages import StageFolder, read_json
+from distill_nlp.stages import StageFolder
 from distill_nlp.teacher_stages import TeacherStages
+from distill_nlp.training_settings import versions
 
 
 class ReportStage:
@@ -64,6 +67,11 @@ class ReportStage:
         teachers = self._teachers()
         fingerprint = self._fingerprint(makers)
         earlier = read_json(self.root / REPORT_FILE)
+        problem = damage(self.root, REPORT_MANIFEST_FILE, (REPORT_FILE, PREDICTIONS_FILE))
+        if problem is not None:
+            if (self.root / REPORT_FILE).exists():
+                self.runner.say("report", f"the earlier one is left out, as it cannot be trusted: {problem}")
+            earlier, fresh = None, True
         if not again and earlier is not None and self._is_the_same(earlier, fingerprint):
             self.runner.say("report", f"done already: {self.root / 'report.md'}")
             return earlier
@@ -125,7 +133,7 @@ class ReportStage:
         return (
             report.get("schema_version") == SCHEMA_VERSION
             and report.get("run", {}).get("fingerprint") == fingerprint
-            and (self.root / PAGE_FILE).exists()
+            and damage(self.root, REPORT_MANIFEST_FILE) is None
         )
 
     def _stage_records(self) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class StageRunner:
         # One rank looks: two could see the folder at different moments, and one train while the other leaves.
         changes = broadcast_object_list([folder.changes(fingerprint)])[0]
         if changes == []:
+            if self.state.is_main_process:
+                folder.tidy()
             self.say(name, f"done already: {folder.path}")
             return True
         if changes:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,61 +11,32 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-import distill_nlp
 from distill_nlp.arguments import DistillationArguments
-from distill_nlp.config import TrainingSection
 from distill_nlp.config_training import task_metric
+from distill_nlp.durable_files import write_json
 from distill_nlp.energy import EnergyMeter
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.interruption import Interrupted
 from distill_nlp.losses import DistillationLoss, ModelShape
-from distill_nlp.losses.base import SINGLE_LABEL
 from distill_nlp.metrics import compute_metrics
+from distill_nlp.nonfinite import NonFiniteError
 from distill_nlp.progress import StageProgress
 from distill_nlp.rehearsal import passing_folder, rehearsal
+from distill_nlp.resumable import CheckpointNotWritten
 from distill_nlp.schedules import Setting
-from distill_nlp.stages import Fingerprint, StageFolder, write_json
+from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher import CachedTeacher, Teacher
 from distill_nlp.terms import FormulaPrinter
 from distill_nlp.trainer import DistillationTrainer
 from distill_nlp.training_end import reason_of_early_stop, take_over_the_end
+from distill_nlp.training_settings import versions
 
 Say = Callable[[str], None]
-
-# Settings that change how a run looks or where it runs, not what comes out.
-_COSMETIC = {
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "disable_tqdm",
-    "logging_first_step",
-    "logging_steps",
-    "per_device_eval_batch_size",
-    "report_to",
-    "run_name",
-    "save_total_limit",
-}
-
-# Settings that mean something only where there are projections, or terms to weigh: in the distilled student.
-_OF_SEVERAL_TERMS = {
-    "loss_balancing",
-    "projection_init_batches",
-    "projection_learning_rate_factor",
-    "projection_weight_decay",
-    "term_gradient_norm_steps",
-}
-
-# Settings that count only where they are not at their default: what is new must not make old results stale.
-_NEW = {
-    "early_stopping_patience",
-    "early_stopping_threshold",
-    "freeze",
-    "layer_learning_rate_decay",
-    "unfreeze_every",
-    "unlabeled_ratio",
-} | _OF_SEVERAL_TERMS
 
 
 @dataclass
@@ -119,7 +87,7 @@ class TrainingJob:
             self.folder.begin(self.fingerprint)
         state.wait_for_everyone()
         trainer = self._trainer(say, self.arguments, self.validation)
-        checkpoint = self.folder.last_checkpoint()
+        checkpoint = self._last_checkpoint(say)
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         going_on = f", going on from {checkpoint.name}" if checkpoint else ""
         say(f"{self.name:<20} {parameters:.1f}M parameters, loss {trainer.objective.formula()}{going_on}")
@@ -146,6 +114,7 @@ class TrainingJob:
                     "steps": trainer.state.global_step,
                     "stopped_early": {"step": trainer.state.global_step, "why": reason} if reason else None,
                     "best_step": trainer.state.best_global_step,
+                    "nonfinite_steps": trainer.nonfinite.skipped,
                     "seconds": round(seconds, 1),
                     "energy": meter.record,
                     # Seconds and energy are those of the last attempt.
@@ -159,6 +128,13 @@ class TrainingJob:
             f"{self.name:<20} {trainer.state.global_step} steps in {seconds:.0f} s, validation {shown_metric} "
             f"{metrics[f'eval_{shown_metric}']:.4f} → {self.folder.path}"
         )
+
+    def _last_checkpoint(self, say: Say) -> Path | None:
+        """To go on from; the main rank looks, and says what it leaves out."""
+        found = None
+        if PartialState().is_main_process:
+            found = self.folder.last_checkpoint(lambda line: say(f"{self.name:<20} {line}"))
+        return broadcast_object_list([found])[0]
 
     @property
     def _shown_metric(self) -> str:
@@ -183,12 +159,6 @@ class TrainingJob:
             self._train(trainer, None)
             trainer.save_model(str(folder / "result"))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        if not all(map(math.isfinite, losses)):
-            shown = " and ".join(f"{loss:g}" for loss in losses)
-            raise DistillError(
-                f"{self.name}: the loss of the first steps is {shown}; check the precision "
-                "(training.bf16, training.fp16) and the losses' settings"
-            )
         say(
             f"{self.name:<20} dry run: {trainer.state.global_step} steps with loss "
             f"{' and '.join(f'{loss:.4f}' for loss in losses)}, evaluated on {rows} rows, saved and loaded again in "
@@ -211,6 +181,12 @@ class TrainingJob:
                 f"{self.name}: out of memory; lower training.per_device_train_batch_size (and raise "
                 "gradient_accumulation_steps by as much) or data.max_length, or set training.gradient_checkpointing"
             ) from error
+        except NonFiniteError as error:
+            raise DistillError(f"{self.name}: {error}") from error
+        except CheckpointNotWritten as error:
+            raise DistillError(f"{self.name}: {error}; when that is mended, the same command goes on") from error
+        except Interrupted as error:
+            raise Interrupted(error.signum, f"{self.name}: {error.saved}") from None
 
     def _trainer(self, say: Say, arguments: DistillationArguments, validation: Any) -> DistillationTrainer:
         # Else a tracker names each stage by chance.
@@ -234,82 +210,3 @@ class TrainingJob:
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(FormulaPrinter)  # the line of the stage has it
         return trainer
-
-
-def training_arguments(
-    section: TrainingSection, output_dir: Path, seed: int, problem_type: str = SINGLE_LABEL
-) -> DistillationArguments:
-    """The Trainer's arguments for these settings and this kind of task.
-
-    Raises:
-        ValueError: settings that contradict each other, or that this machine cannot serve.
-    """
-    values = section.model_dump() | {"metric_for_best_model": section.best_metric(problem_type)}
-    if values.pop("gradient_checkpointing"):
-        # The argument is being renamed; a deprecation warning per stage helps nobody.
-        known = DistillationArguments.__dataclass_fields__
-        new = "activation_checkpointing"
-        values[new if new in known else "gradient_checkpointing"] = True
-    # bf16 without an accelerator is refused by TrainingArguments unless the CPU is asked for by name.
-    values["use_cpu"] = values["use_cpu"] or not torch.accelerator.is_available()
-    strategy = values["eval_strategy"]
-    return DistillationArguments(
-        **{
-            "save_total_limit": 1,
-            "disable_tqdm": not sys.stderr.isatty(),
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            **values,
-            "output_dir": str(output_dir),
-            "seed": seed,
-            "save_strategy": strategy,
-            "save_steps": values["eval_steps"] or 500,
-            "load_best_model_at_end": strategy != "no",
-            "greater_is_better": values["metric_for_best_model"] != "loss",
-        }
-    )
-
-
-def mixed_precision(section: TrainingSection) -> str:
-    """The autocast of a training, as accelerate names it: by its settings, else by the launcher."""
-    if section.bf16 or section.fp16:
-        return "bf16" if section.bf16 else "fp16"
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-
-
-def same_budget(section: TrainingSection, arguments: DistillationArguments, rows: int) -> TrainingSection:
-    """The settings for a baseline on fewer rows: as many steps, and evaluations, as `rows` rows give the student."""
-    whole = math.floor if arguments.dataloader_drop_last else math.ceil
-    per_epoch = whole(rows / arguments.per_device_train_batch_size / arguments.world_size)
-    per_epoch = math.ceil(per_epoch / arguments.gradient_accumulation_steps)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(per_epoch * arguments.num_train_epochs)
-    changes: dict[str, Any] = {"max_steps": steps}
-    if section.eval_strategy == "epoch":
-        changes |= {"eval_strategy": "steps", "eval_steps": per_epoch}
-    return section.model_copy(update=changes)
-
-
-def effective(section: TrainingSection, of_student: bool, problem_type: str = SINGLE_LABEL) -> dict[str, Any]:
-    """The settings of a section that change what comes out in this kind of task; some are the distilled student's."""
-    left_out = _COSMETIC if of_student else _COSMETIC | _OF_SEVERAL_TERMS | {"unlabeled_ratio"}
-    if section.loss_balancing == "none":
-        left_out = left_out | {"term_gradient_norm_steps"}
-    if section.early_stopping_patience is None:
-        left_out = left_out | {"early_stopping_threshold"}
-    fields = TrainingSection.model_fields
-    left_out = left_out | {k for k in _NEW if getattr(section, k) == fields[k].default}
-    values = section.model_dump(mode="json") | {"metric_for_best_model": section.best_metric(problem_type)}
-    return {k: v for k, v in values.items() if k not in left_out}
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    import accelerate
-    import transformers
-
-    return {
-        "distill_nlp": distill_nlp.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "python": sys.version.split()[0],
-    }

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from distill_nlp.errors import UsageError
+from distill_nlp.durable_files import read_json, remove_leftovers, sync, write_json
+from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.manifests import MANIFEST_FILE, checkpoints, damage, newest_intact, remove_checkpoint, write_manifest
 
 STAGE_FILE = "stage.json"
+
+# A lock is held as long as any process has its file open: a forked worker that outlives its parent must not.
+_locked: set[int] = set()
+os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _locked])
 Fingerprint = dict[str, Any]
 """Everything that the result depends on, as nested plain values."""
 
@@ -34,11 +38,28 @@ class StageFolder:
         self.checkpoints = self.work / "checkpoints"
 
     def record(self) -> dict[str, Any] | None:
-        """What `finish` wrote, or None where the stage is not finished."""
-        return read_json(self.path / STAGE_FILE)
+        """What `finish` wrote, or None where the stage is not finished.
+
+        Raises:
+            DistillError: the result is not as it was written.
+        """
+        record = read_json(self.path / STAGE_FILE)
+        # Results of earlier versions have no manifest.
+        if (self.path / MANIFEST_FILE).exists() or (record is not None and "manifest" in record):
+            problem = damage(self.path)
+            if problem is not None:
+                raise DistillError(
+                    f"{self.path} is not as it was written: {problem}; bring it back from a copy, or delete the folder "
+                    "to have it made again"
+                )
+        return record
 
     def changes(self, fingerprint: Fingerprint) -> list[str] | None:
-        """Settings that differ from those of the finished result, `name: old → new`; None if nothing is finished."""
+        """Settings that differ from those of the finished result, `name: old → new`; None if nothing is finished.
+
+        Raises:
+            DistillError: the result is not as it was written.
+        """
         record = self.record()
         if record is None:
             return None
@@ -64,9 +85,13 @@ class StageFolder:
         except NotImplementedError:
             # A file system that knows no locks; there a second run is the user's care.
             pass
+        handle = getattr(getattr(lock, "_context", None), "lock_file_fd", None)
+        if handle is not None:
+            _locked.add(handle)
         try:
             yield
         finally:
+            _locked.discard(handle)
             lock.release()
 
     def begin(self, fingerprint: Fingerprint) -> None:
@@ -76,27 +101,51 @@ class StageFolder:
             shutil.rmtree(self.work, ignore_errors=True)
         shutil.rmtree(self.result, ignore_errors=True)
         self.work.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.work)
         write_json(self.work / STAGE_FILE, {"fingerprint": fingerprint})
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint whose last file was written."""
-        found = []
-        for folder in self.checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            step = folder.name.rpartition("-")[2]
-            if step.isdigit() and read_json(folder / "trainer_state.json") is not None:
-                found.append((int(step), folder))
-        return max(found)[1] if found else None
+    def last_checkpoint(self, warn: Callable[[str], None] = lambda line: None) -> Path | None:
+        """The newest whole checkpoint; those after it, which nothing can go on from, are removed.
+
+        Args:
+            warn: gets a line for each of these.
+        """
+        found = newest_intact(self.checkpoints, warn)
+        for path in reversed(checkpoints(self.checkpoints)):
+            if path == found:
+                break
+            remove_checkpoint(path)
+        return found
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Writes the record into the result and puts the result in place of an older one."""
-        write_json(self.result / STAGE_FILE, record)
-        old = self.path.with_name(self.path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
+        """Writes record and manifest into the result and puts the result in place of an older one."""
+        write_json(self.result / STAGE_FILE, {**record, "manifest": MANIFEST_FILE})
+        write_manifest(self.result)
+        shutil.rmtree(self._old, ignore_errors=True)
         if self.path.exists():
-            self.path.rename(old)
+            self.path.rename(self._old)
         self.result.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        sync(self.path.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
         shutil.rmtree(self.work, ignore_errors=True)
+
+    @property
+    def _old(self) -> Path:
+        return self.path.with_name(self.path.name + ".old")
+
+    def tidy(self) -> None:
+        """Removes what a process left that was killed after it had put its result in place."""
+        record = self.record()
+        if record is None or not (self.work.exists() or self._old.exists()):
+            return
+        # Without its file nothing can go on from it: the process was killed while it removed it.
+        attempt = read_json(self.work / STAGE_FILE) or record
+        is_over = attempt.get("fingerprint") == record.get("fingerprint")
+        # Where another run is at work, it is not over.
+        with suppress(UsageError), self.claimed():
+            shutil.rmtree(self._old, ignore_errors=True)
+            if is_over:
+                shutil.rmtree(self.work, ignore_errors=True)
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -108,20 +157,3 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
             lines += differences(old.get(key), new.get(key), dotted)
         return lines
     return [] if old == new else [f"{name}: {old} → {new}"]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes to a temporary name and renames, so that a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from distill_nlp.config_training import task_metric
+from distill_nlp.durable_files import read_json
 from distill_nlp.errors import UsageError
 from distill_nlp.hub.card import RECIPE, CardFacts, Score
 from distill_nlp.hub.files import INDEX, WEIGHTS
@@ -20,7 +21,7 @@ from distill_nlp.hub.private import Private, hub_name
 from distill_nlp.losses.base import MULTI_LABEL
 from distill_nlp.report import REPORT_FILE
 from distill_nlp.report.render import summary_lines, table_rows, verdict
-from distill_nlp.stages import STAGE_FILE, read_json
+from distill_nlp.stages import STAGE_FILE
 
 RUN_FILE = "config.json"
 

@@ -14,9 +14,10 @@ from distill_nlp.loading import load_classifier
 from distill_nlp.losses import CrossEntropyLoss
 from distill_nlp.materials import Materials
 from distill_nlp.stage_runner import StageRunner
-from distill_nlp.stage_training import TrainingJob, same_budget, training_arguments
+from distill_nlp.stage_training import TrainingJob
 from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher_stages import TeacherStages
+from distill_nlp.training_settings import same_budget, training_arguments
 
 
 class StudentStages:
@@ -137,6 +138,9 @@ class StudentStages:
         names = [f"student, seed {seed}"]
         if len(folders) > 1:
             names = [f"student {seed}, phase {i + 1}" for i in range(len(folders))]
+        for folder in folders[:-1]:
+            # Refused where it is damaged, although nothing may be made of it any more.
+            folder.record()
         # The last one is made of all the others.
         if self.runner.is_done(folders[-1], fingerprints[-1], names[-1]):
             return

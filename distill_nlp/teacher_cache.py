@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+from distill_nlp.durable_files import write_bytes, write_json
 from distill_nlp.losses.base import ModelShape
 from distill_nlp.modeling import bare_model
 
@@ -217,7 +218,7 @@ class AnswerCache:
         if self.storage != "float32":
             shard["error"] = (stored.float() - values).abs().max().view(1)
         data = save(shard)
-        _write(self.folder / f"shard-{rank:05d}-{_hash(data)}.safetensors", data)
+        write_bytes(self.folder / f"shard-{rank:05d}-{_hash(data)}.safetensors", data)
 
     def values_of(self, keys: Sequence[bytes]) -> np.ndarray:
         """(N, W) in float32, the vectors of these rows; logits in the teacher's own order of labels.
@@ -247,19 +248,4 @@ class AnswerCache:
         if self.storage != "float32":
             held["largest_error"] = self.largest_error
         record = {"teacher": teacher, **self.identity, **held}
-        _write(self.folder / MANIFEST, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes to a temporary name, to the disk itself, and renames: a reader sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        write_json(self.folder / MANIFEST, record)

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from distill_nlp.durable_files import read_json
 from distill_nlp.loading import load_classifier, load_config
 from distill_nlp.modeling import accepted_arguments, bare_model
-from distill_nlp.stages import read_json
 from distill_nlp.teacher_cache import model_tensors, teacher_identity, weights_hash
 
 

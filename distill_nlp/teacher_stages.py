@@ -17,13 +17,14 @@ from distill_nlp.loading import load_classifier, load_config
 from distill_nlp.losses import CrossEntropyLoss
 from distill_nlp.pool import add_pseudo_labels, drop_unconfident
 from distill_nlp.stage_runner import StageRunner
-from distill_nlp.stage_training import TrainingJob, training_arguments
+from distill_nlp.stage_training import TrainingJob
 from distill_nlp.stages import StageFolder
 from distill_nlp.student import label_arguments
 from distill_nlp.teacher import TEACHER_LOGITS, CachedTeacher, Teacher
 from distill_nlp.teacher_cache import PRECISIONS
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.teacher_source import TeacherSource
+from distill_nlp.training_settings import training_arguments
 
 
 class TeacherStages:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ class TermLog:
         self._sums: dict[str, torch.Tensor] = {}
         self._steps: dict[str, int] = {}
         self._norms: dict[str, list[torch.Tensor]] = {}
-        self._warned: set[tuple[str, str]] = set()
+        self._warned: set[str] = set()
 
     def begin_step(self, names: Sequence[str]) -> None:
         """A step begins, in which these terms are computed."""
@@ -54,24 +53,28 @@ class TermLog:
             self._warn(name.removeprefix("loss_"), entries[name])
         return entries
 
+    def state(self) -> dict[str, Any]:
+        """What has come together since the last reading, as numbers; waits for the device."""
+        sums = {name: float(total) for name, total in self._sums.items()}
+        norms = {name: [norm.item() for norm in found] for name, found in self._norms.items()}
+        return {"sums": sums, "steps": dict(self._steps), "norms": norms}
+
+    def restore(self, state: dict[str, Any], device: Any) -> None:
+        """Goes on from what `state` gave."""
+        self._sums = {name: torch.tensor(total, device=device) for name, total in state["sums"].items()}
+        self._steps = dict(state["steps"])
+        self._norms = {n: [torch.tensor(norm, device=device) for norm in found] for n, found in state["norms"].items()}
+
     def _warn(self, name: str, value: float) -> None:
-        """Once for each term: a loss that is not finite, or one that is exactly zero and so teaches nothing."""
-        kind = "zero" if value == 0 else "not finite"
-        if (name, kind) in self._warned or (math.isfinite(value) and value != 0):
+        """Once for each term: a loss that is exactly zero, and so teaches nothing."""
+        if value != 0 or name in self._warned:
             return
-        self._warned.add((name, kind))
-        if math.isfinite(value):
-            logger.warning(
-                "the loss %r is exactly zero: it teaches nothing. Were all rows unlabeled, had batches one row and so "
-                "nothing to relate, or are student and teacher the same?",
-                name,
-            )
-        else:
-            logger.warning(
-                "the loss %r is %s. Lower the learning rate or its weight, or look for extreme values in its inputs",
-                name,
-                value,
-            )
+        self._warned.add(name)
+        logger.warning(
+            "the loss %r is exactly zero: it teaches nothing. Were all rows unlabeled, had batches one row and so "
+            "nothing to relate, or are student and teacher the same?",
+            name,
+        )
 
 
 class FormulaPrinter(TrainerCallback):

@@ -15,7 +15,6 @@ from distill_nlp.collation import DistillationCollator
 from distill_nlp.combinations import refuse_layer_decay, refuse_where_sharded
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.gradient_meter import GradientMeter
-from distill_nlp.hub.publishing import PublishingTrainer
 from distill_nlp.labels import check_data_labels
 from distill_nlp.losses.base import IGNORE_INDEX, DistillationLoss
 from distill_nlp.modeling import DistillationModel, accepted_arguments
@@ -23,14 +22,15 @@ from distill_nlp.objective import DistillationObjective, Shares
 from distill_nlp.outputs import DistillationOutput
 from distill_nlp.parameter_groups import Freezing, layer_factors, scale_by_layer
 from distill_nlp.projections import fit_projections, projected_losses, separate_projections
+from distill_nlp.resumable import ResumableTrainer
 from distill_nlp.sample_batches import sample_batches
 from distill_nlp.sampling import grouped_sampler, mixed_sampler
 from distill_nlp.schedules import Setting
 from distill_nlp.teacher import TEACHER_PREFIX, CachedTeacher, Teacher, bind_teacher
-from distill_nlp.terms import FormulaPrinter, TermLog
+from distill_nlp.terms import FormulaPrinter
 
 
-class DistillationTrainer(PublishingTrainer):
+class DistillationTrainer(ResumableTrainer):
     """Trains a student on a teacher's answers and features; used as any `Trainer`.
 
     `evaluate` and `predict` give the student's plain task loss and metrics; the teacher does not run. `save_model`
@@ -122,16 +122,15 @@ class DistillationTrainer(PublishingTrainer):
             # Else a compiled backward gives its buffers away, and the gradient of the next term finds none.
             torch._functorch.config.donated_buffer = False
         self._fitted = False
-        self._saving_checkpoint = False
         self.add_callback(FormulaPrinter(objective.formula))
         if (patience := setting_of(self.args, "early_stopping_patience")) is not None:
             self.add_callback(EarlyStoppingCallback(patience, setting_of(self.args, "early_stopping_threshold")))
 
     def _begin_training(self) -> None:
         self._freezing.begin()
-        self._terms = TermLog()
+        self._begin_checks()
         every = setting_of(self.args, "term_gradient_norm_steps")
-        self._meter = GradientMeter(self.objective, self.student, every, self._terms, self.accelerator)
+        self._meter = GradientMeter(self.objective, self.student, every, self.terms, self.accelerator)
 
     @property
     def student(self) -> nn.Module:
@@ -191,8 +190,10 @@ class DistillationTrainer(PublishingTrainer):
             rows = self._count_rows(inputs) * self.args.world_size / num_items_in_batch.clamp(min=1)
             shares = {"rows": rows[0], "labeled_rows": rows[1]}
         outputs = model(teacher=teacher_features, shares=shares, keep_graph=self._meter.due, **inputs)
+        teacher_logits = None if teacher_features is None else teacher_features.logits
+        self.nonfinite.add(self.state.global_step, outputs.terms, outputs.logits, teacher_logits)
         for name, value in outputs.terms.items():
-            self._terms.add(name, value)
+            self.terms.add(name, self.nonfinite.take(value))
         if self._meter.due:
             self._meter.take(outputs.terms, shares, self._freezing.held(self.state.global_step))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -201,7 +202,7 @@ class DistillationTrainer(PublishingTrainer):
         """As `Trainer.training_step`; what is frozen for now has no gradient that could be clipped or applied."""
         loss = super().training_step(*args, **kwargs)
         self._freezing.drop_gradients(self.state.global_step)
-        return loss
+        return self.nonfinite.take(loss)
 
     def _count_rows(self, batch: dict[str, Any]) -> torch.Tensor:
         """(rows, labeled rows) of one batch, on its device."""
@@ -216,7 +217,7 @@ class DistillationTrainer(PublishingTrainer):
         """Adds what became of each term since the last log, over ranks."""
         if "loss" in logs:
             several = self.args.world_size > 1
-            logs.update(self._terms.read(lambda x: self.accelerator.reduce(x, reduction="mean") if several else x))
+            logs.update(self.terms.read(lambda x: self.accelerator.reduce(x, reduction="mean") if several else x))
             weights = self.objective.current_weights()
             logs.update({f"weight_{name}": weight.item() for name, weight in weights.items()})
         super().log(logs, start_time)
@@ -275,13 +276,6 @@ class DistillationTrainer(PublishingTrainer):
         return optimizer
 
     # ---- saving and loading ----
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._saving_checkpoint = True
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        finally:
-            self._saving_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Writes the bare student as any Transformers checkpoint, and into training checkpoints the objective too.

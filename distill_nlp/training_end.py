@@ -7,23 +7,27 @@ from pathlib import Path
 from transformers import EarlyStoppingCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from distill_nlp.manifests import best_of
 from distill_nlp.trainer import DistillationTrainer
 
 
 def take_over_the_end(trainer: DistillationTrainer, checkpoint: Path) -> bool:
-    """Whether training had ended at this checkpoint; if so, the trainer has its state and the best weights.
+    """Whether training had ended at this checkpoint; if so, the trainer has its state and its weights.
 
     The Trainer itself takes one step more from there, unless an epoch ends with it.
     """
     ended = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     control = ended.stateful_callbacks.get("TrainerControl", {})
-    best = ended.best_model_checkpoint
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded or best is None or not Path(best).is_dir() or not control.get("args", {}).get("should_training_stop"):
+    stopped = control.get("args", {}).get("should_training_stop") or ended.global_step >= ended.max_steps
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not stopped:
         return False
+    best = best_of(checkpoint) if trainer.args.load_best_model_at_end else None
     trainer.state = ended
     trainer._load_callback_state()
-    trainer._load_best_model()
+    # The folder may have moved since.
+    trainer.state.best_model_checkpoint = None if best is None else str(best)
+    trainer._load_from_checkpoint(str(checkpoint if best is None else best))
+    trainer.log_the_end(checkpoint)
     return True
 
 

@@ -20,10 +20,11 @@ from distill_nlp.doctor import examine, examine_teachers, exit_code, timing
 from distill_nlp.doctor.measure import StepTime
 from distill_nlp.doctor.subject import Subject, stretched
 from distill_nlp.doctor.timing import check_run_time
+from distill_nlp.durable_files import write_json
 from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.materials import Materials
 from distill_nlp.pipeline import Pipeline
-from distill_nlp.stages import STAGE_FILE, StageFolder, write_json
+from distill_nlp.stages import STAGE_FILE, StageFolder
 
 LABELS = ("bad", "good")
 NARROW = {"config": {"model_type": "distilbert", "dim": 24, "n_heads": 3}}

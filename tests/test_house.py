@@ -23,6 +23,9 @@ MAX_LINES = 320
 # or beside them, and no floor below may import it.
 FLOORS = {
     "outputs": 0,
+    "durable_files": 0,
+    "interruption": 0,
+    "manifests": 1,
     "layer_mapping": 0,
     "schedules": 0,
     "losses": 1,
@@ -39,9 +42,12 @@ FLOORS = {
     "checkpoints": 3,
     "projections": 3,
     "gradient_meter": 3,
+    "nonfinite": 3,
+    "resume_state": 3,
     "hub": 3,
     "arguments": 4,
     "combinations": 4,
+    "resumable": 4,
     "parameter_groups": 4,
     "sample_batches": 4,
     "sampling": 4,

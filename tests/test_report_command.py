@@ -11,10 +11,12 @@ import pytest
 from helpers import write_rows_of_several_labels
 
 from distill_nlp.cli import main
+from distill_nlp.manifests import write_manifest
 from distill_nlp.report.schema import Report
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_doctor")]
 FILES = {"report.json", "report.md", "report.html", "predictions.npz"}
+OTHERS = {"config.json", "report_manifest.json"}
 
 
 made = {}
@@ -59,7 +61,7 @@ def test_the_report_of_a_run_fits_its_schema(finished):
     html = (finished / "report.html").read_text(encoding="utf-8")
     assert "loss_attention of the student" in html
     assert "w4 w" in html
-    assert {p.name for p in finished.iterdir() if p.is_file() and p.suffix != ".lock"} == FILES | {"config.json"}
+    assert {p.name for p in finished.iterdir() if p.is_file() and p.suffix != ".lock"} == FILES | OTHERS
 
 
 def test_a_report_is_made_again_from_what_the_last_one_found(finished, predictions, capsys):
@@ -84,7 +86,7 @@ def test_a_report_is_made_again_from_what_the_last_one_found(finished, predictio
     assert {name: values.tolist() for name, values in np.load(finished / "predictions.npz").items()} == {
         name: values.tolist() for name, values in logits.items()
     }
-    assert {p.name for p in finished.iterdir() if p.is_file() and p.suffix != ".lock"} == FILES | {"config.json"}
+    assert {p.name for p in finished.iterdir() if p.is_file() and p.suffix != ".lock"} == FILES | OTHERS
 
 
 def change(name):
@@ -111,15 +113,20 @@ def change(name):
         edit(report)
         (folder / "report.json").write_text(json.dumps(report))
 
+    def signed(way):
+        """As if it had been written so: what is told by the manifest alone has a way of its own."""
+        return lambda folder: (way(folder), write_manifest(folder, FILES, "report_manifest.json"))
+
     ways = {
         "no report": no_json,
-        "no logits": no_logits,
-        "logits of other models": others_logits,
-        "other labels": other_labels,
-        "other rows": lambda f: edited(f, lambda r: r["run"]["fingerprint"].update(test="x")),
-        "other models": lambda f: edited(f, lambda r: r["run"]["fingerprint"]["models"].pop("student-1")),
-        "another machine": lambda f: edited(f, lambda r: r["machine"].update(name="x")),
-        "an older schema": lambda f: edited(f, lambda r: r.update(schema_version=1)),
+        "no logits": signed(no_logits),
+        "logits of other models": signed(others_logits),
+        "other labels": signed(other_labels),
+        "other rows": signed(lambda f: edited(f, lambda r: r["run"]["fingerprint"].update(test="x"))),
+        "other models": signed(lambda f: edited(f, lambda r: r["run"]["fingerprint"]["models"].pop("student-1"))),
+        "another machine": signed(lambda f: edited(f, lambda r: r["machine"].update(name="x"))),
+        "an older schema": signed(lambda f: edited(f, lambda r: r.update(schema_version=1))),
+        "other bytes": lambda f: edited(f, lambda r: r["models"]["student"].update(throughput=1e9)),
     }
     return ways[name]
 
@@ -133,6 +140,7 @@ def change(name):
         ("other labels", [], ["predict_all", "measure_costs"]),
         ("other rows", [], ["predict_all", "measure_costs"]),
         ("other models", [], ["predict_all", "measure_costs"]),
+        ("other bytes", [], ["predict_all", "measure_costs"]),
         ("another machine", [], ["measure_costs"]),
         ("an older schema", [], ["measure_costs"]),
         (None, ["--fresh"], ["predict_all", "measure_costs"]),
@@ -170,6 +178,7 @@ def test_a_run_of_several_ranks_is_reported_on_by_one(finished):
             if "launch" in fingerprint:
                 fingerprint["launch"]["processes"] = 2
         (run / stage / "stage.json").write_text(json.dumps(record))
+        write_manifest(run / stage)
     assert main(["report", str(run)]) == 0
 
 

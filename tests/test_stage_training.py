@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from distill_nlp.config import TrainingSection
-from distill_nlp.stage_training import effective, training_arguments
+from distill_nlp.training_settings import effective, training_arguments
 
 
 def test_settings_of_projections_and_balance_count_where_they_are_not_at_their_default():

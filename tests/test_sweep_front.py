@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from rich.console import Console
 
-from distill_nlp.stages import read_json
+from distill_nlp.durable_files import read_json
 from distill_nlp.sweep.front import pareto_front
 from distill_nlp.sweep.tables import front_of, ranked, render_markdown, terminal_table, write_tables
 

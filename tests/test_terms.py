@@ -1,8 +1,8 @@
 """What is kept of each term between two log entries."""
 
+import json
 import logging
 
-import pytest
 import torch
 
 from distill_nlp.terms import TermLog
@@ -68,30 +68,27 @@ def test_no_graph_is_kept():
     assert not any(total.requires_grad for total in terms._sums.values())
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (0.0, "the loss 'a' is exactly zero"),
-        (float("nan"), "the loss 'a' is nan"),
-        (float("inf"), "the loss 'a' is inf"),
-    ],
-)
-def test_a_term_that_is_zero_or_not_finite_is_named_once(value, message, caplog):
+def test_a_term_that_is_zero_is_named_once(caplog):
     terms = TermLog()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             terms.begin_step(["a", "b"])
-            terms.add("a", torch.tensor(value))
+            terms.add("a", torch.tensor(0.0))
             terms.add("b", torch.tensor(1e-30))
             terms.read(same)
-    assert [message in record.message for record in caplog.records] == [True]
+    assert ["the loss 'a' is exactly zero" in record.message for record in caplog.records] == [True]
 
 
-def test_a_term_that_was_zero_is_named_again_when_it_is_not_finite(caplog):
-    terms = TermLog()
-    with caplog.at_level(logging.WARNING):
-        for value in (0.0, float("nan")):
-            terms.begin_step(["a"])
-            terms.add("a", torch.tensor(value))
-            terms.read(same)
-    assert ["exactly zero" in record.message for record in caplog.records] == [True, False]
+def test_an_open_window_goes_on_from_numbers():
+    one = TermLog()
+    one.begin_step(["a"])
+    one.add("a", torch.tensor(1 / 3))
+    one.add_norm("a", torch.tensor(0.1))
+    # As JSON, which a checkpoint holds.
+    other = TermLog()
+    other.restore(json.loads(json.dumps(one.state())), "cpu")
+    for terms in (one, other):
+        terms.begin_step(["a"])
+        terms.add("a", torch.tensor(0.7))
+        terms.add_norm("a", torch.tensor(0.3))
+    assert one.read(same) == other.read(same)

@@ -25,9 +25,9 @@ from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_order
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 from distill_nlp.materials import Materials
-from distill_nlp.stage_training import mixed_precision
 from distill_nlp.student import label_arguments
 from distill_nlp.teacher_parts import TeacherPart
+from distill_nlp.training_settings import mixed_precision
 
 ACCURACY_ROWS = 200
 SECONDS = 15.0

@@ -17,6 +17,7 @@ from distill_nlp.collation import DistillationCollator
 from distill_nlp.config import TrainingSection
 from distill_nlp.doctor.measure import Batch, Step
 from distill_nlp.doctor.texts import SAMPLE_ROWS, TextSample, sample_indices, sample_texts
+from distill_nlp.durable_files import read_json
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.errors import DistillError
 from distill_nlp.fingerprints import Fingerprints
@@ -27,11 +28,11 @@ from distill_nlp.materials import Materials
 from distill_nlp.modeling import DistillationModel
 from distill_nlp.objective import DistillationObjective
 from distill_nlp.outputs import Features
-from distill_nlp.stage_training import mixed_precision
-from distill_nlp.stages import STAGE_FILE, Fingerprint, StageFolder, differences, read_json
+from distill_nlp.stages import STAGE_FILE, Fingerprint, StageFolder, differences
 from distill_nlp.teacher import Teacher
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.tokenization import TEXT_COLUMNS, tokenize
+from distill_nlp.training_settings import mixed_precision
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SPLITS = ("train", "validation", "test")

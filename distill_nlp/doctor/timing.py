@@ -14,8 +14,8 @@ from distill_nlp.doctor.findings import Finding
 from distill_nlp.doctor.measure import Batch, Step, StepTime, batches_by_length, time_answers, time_step
 from distill_nlp.doctor.plan import StageTime, check_time, evaluations
 from distill_nlp.doctor.subject import Subject
-from distill_nlp.stage_training import same_budget, training_arguments
 from distill_nlp.stages import Fingerprint
+from distill_nlp.training_settings import same_budget, training_arguments
 
 FORWARD_SHARE = 1 / 3
 """A forward pass of a training step: backward takes two."""

@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from distill_nlp.config import ReportSection
+from distill_nlp.durable_files import sync_tree, write_json
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.export.graph import write_graph
 from distill_nlp.export.parity import compare, problems, score
@@ -29,7 +30,6 @@ from distill_nlp.output_folder import check_can_be_made
 from distill_nlp.prediction import longest_input
 from distill_nlp.report.build import machine
 from distill_nlp.report.speed import Run, measure_speed
-from distill_nlp.stages import write_json
 
 Say = Callable[[str], None]
 # Small, so that a comparison of few rows has batches of several sizes and lengths too.
@@ -97,6 +97,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _put_in_place(work: Path, folder: Path) -> None:
+    sync_tree(work)
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         folder.rename(old)

@@ -1,7 +1,7 @@
 """The evidence: teacher, plain baseline and distilled student compared on the test rows."""
 
 from distill_nlp.report.build import build_report, machine
-from distill_nlp.report.earlier import REPORT_FILE, read_earlier
+from distill_nlp.report.earlier import PREDICTIONS_FILE, REPORT_FILE, REPORT_MANIFEST_FILE, read_earlier
 from distill_nlp.report.evaluation import ReportTeacher
 from distill_nlp.report.exports import read_exports
 from distill_nlp.report.page import NO_PLOTS
@@ -14,7 +14,9 @@ from distill_nlp.report.write import PAGE_FILE, render_markdown, write_report
 __all__ = [
     "NO_PLOTS",
     "PAGE_FILE",
+    "PREDICTIONS_FILE",
     "REPORT_FILE",
+    "REPORT_MANIFEST_FILE",
     "SCHEMA_VERSION",
     "ReportTeacher",
     "build_report",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_nlp.stages import read_json
+from distill_nlp.durable_files import read_json
 
 LOG_FILE = "training_log.json"
 MOST_POINTS = 400

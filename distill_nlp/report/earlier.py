@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from distill_nlp.durable_files import read_json
 from distill_nlp.report.evaluation import Answers
 from distill_nlp.report.schema import SCHEMA_VERSION
 from distill_nlp.report.scores import scores
-from distill_nlp.stages import read_json
 
 REPORT_FILE = "report.json"
+REPORT_MANIFEST_FILE = "report_manifest.json"
 PREDICTIONS_FILE = "predictions.npz"
 _COSTS = ("parameters", "size_mb", "weights_mb", "latency_ms", "throughput", "pass_memory")
 _OF_SPEED = ("latency_samples", "throughput_batch_size", "throughput_batches")

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from distill_nlp.durable_files import read_json
 from distill_nlp.loading import checkpoint_print
 from distill_nlp.onnx_model import EXPORT_FILE, is_exported
 from distill_nlp.report.schema import Export
-from distill_nlp.stages import read_json
 
 NOTE = "As measured by distill-nlp export; student and teacher in PyTorch, in turns with the export, on the CPU."
 

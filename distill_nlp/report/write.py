@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distill_nlp.durable_files import replacing, write_json, write_text
+from distill_nlp.manifests import write_manifest
 from distill_nlp.report.build import LOGITS, PRIVATE
 from distill_nlp.report.details import class_rows, detail_rows, machine_line, slice_rows, stage_rows
-from distill_nlp.report.earlier import PREDICTIONS_FILE, REPORT_FILE
+from distill_nlp.report.earlier import PREDICTIONS_FILE, REPORT_FILE, REPORT_MANIFEST_FILE
 from distill_nlp.report.exports import NOTE, export_head, export_rows
 from distill_nlp.report.page import render_page
 from distill_nlp.report.render import COLUMNS, metric_title, summary_lines, table_rows, title_of, verdict
-from distill_nlp.stages import write_json
 
 MARKDOWN_FILE = "report.md"
 PAGE_FILE = "report.html"
@@ -62,18 +62,11 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         folder: of the run: the page's curves come from the training logs in it.
     """
     page, markdown = render_page(report, folder), render_markdown(report)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".predictions.{os.getpid()}.tmp.npz"
-    np.savez_compressed(temporary, **report[LOGITS])
-    os.replace(temporary, folder / PREDICTIONS_FILE)
-    _write(folder / MARKDOWN_FILE, markdown)
-    _write(folder / PAGE_FILE, page)
-    # Last: where it is there, all of them are.
+    with replacing(folder / PREDICTIONS_FILE) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(stream, **report[LOGITS])
+    write_text(folder / MARKDOWN_FILE, markdown)
+    write_text(folder / PAGE_FILE, page)
     write_json(folder / REPORT_FILE, {k: v for k, v in report.items() if k not in PRIVATE})
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # A text of the data may hold half of a surrogate pair, which UTF-8 cannot.
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    # Last: where it fits, all of them are there and as they were written.
+    names = (PREDICTIONS_FILE, MARKDOWN_FILE, PAGE_FILE, REPORT_FILE)
+    write_manifest(folder, names, REPORT_MANIFEST_FILE)

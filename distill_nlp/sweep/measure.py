@@ -11,6 +11,7 @@ from accelerate import PartialState
 from transformers import EvalPrediction
 
 from distill_nlp.config import Experiment
+from distill_nlp.durable_files import read_json
 from distill_nlp.ensemble import mean_logits
 from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_order
@@ -22,7 +23,6 @@ from distill_nlp.pipeline import Pipeline
 from distill_nlp.report.build import machine
 from distill_nlp.report.speed import Run, measure_speed
 from distill_nlp.stage_training import Say
-from distill_nlp.stages import read_json
 from distill_nlp.sweep.plan import SweepPlan
 from distill_nlp.sweep.tables import TABLE_FILE, front_of, ranked
 from distill_nlp.sweep.trial import TeacherHome, student_folder

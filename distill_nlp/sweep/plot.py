@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from distill_nlp.durable_files import replacing
 
 _PANELS = (
     ("latency", "latency of one row, ms (p50)", 1.0),
@@ -29,9 +30,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             _panel(axis, result, cost, unit)
             axis.set_xlabel(label)
         axes[0].set_ylabel(f"validation {result['metric']}")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-    os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def _panel(axis: Any, result: dict[str, Any], cost: str, unit: float) -> None:

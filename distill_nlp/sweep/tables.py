@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import TrialState
 
-from distill_nlp.stages import write_json
+from distill_nlp.durable_files import write_json, write_text
 from distill_nlp.sweep.command import run_command, shown
 from distill_nlp.sweep.front import pareto_front
 from distill_nlp.sweep.plan import SweepPlan
@@ -72,9 +71,7 @@ def write_tables(result: dict[str, Any], folder: Path) -> None:
     write_json(folder / TABLE_FILE, result)
     if result["best"] is not None:
         draw(result, folder / "pareto.svg")
-    temporary = folder / f".sweep.{os.getpid()}.tmp"
-    temporary.write_text(render_markdown(result), encoding="utf-8")
-    os.replace(temporary, folder / "sweep.md")
+    write_text(folder / "sweep.md", render_markdown(result))
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -1,0 +1,241 @@
+"""NaN and infinity in training are named by term, step and rows, and nothing of them is saved."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from helpers import ALL_WEIGHTS, all_losses, make_dataset, make_student, make_teacher, parameters_of, step_logs
+
+from distill_nlp import CrossEntropyLoss, KLDivergenceLoss
+from distill_nlp.arguments import DistillationArguments
+from distill_nlp.losses.base import DistillationLoss
+from distill_nlp.manifests import checkpoints, damage
+from distill_nlp.nonfinite import FiniteCheck, NonFiniteError
+
+
+class Spoilt(CrossEntropyLoss):
+    """Cross-entropy with another value in some of its calls, counted from 1."""
+
+    def __init__(self, calls, value=float("nan"), gradient_alone=False):
+        super().__init__()
+        self.calls, self.value, self.gradient_alone, self.count = calls, value, gradient_alone, 0
+
+    def forward(self, student, *arguments):
+        self.count += 1
+        loss = super().forward(student, *arguments)
+        if self.count not in self.calls:
+            return loss
+        if self.gradient_alone:
+            loss.register_hook(lambda gradient: gradient * self.value)
+            return loss
+        return loss * self.value
+
+
+def spoilt_trainer(make_trainer, spoilt, name="run", **changes):
+    losses = {"ce": spoilt, "kl": KLDivergenceLoss()}
+    settings = {"max_steps": 6, "logging_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    return make_trainer(name, losses=losses, **(settings | changes))
+
+
+# Rows come in order, four a step: the third step has the rows 8 to 11.
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        (Spoilt([3]), "step 3: the loss ce is NaN, in a batch of rows 8, 9, 10, 11 of the training data"),
+        (Spoilt([3], float("inf")), "step 3: the loss ce is infinite, in a batch of rows 8, 9, 10, 11"),
+        (
+            Spoilt([3], gradient_alone=True),
+            "step 3: the norm of the gradient is NaN, although no loss is, in a batch of",
+        ),
+    ],
+)
+def test_the_error_names_step_term_and_rows_and_the_last_good_checkpoint_stays(make_trainer, tmp_path, spoilt, words):
+    with pytest.raises(NonFiniteError) as error:
+        spoilt_trainer(make_trainer, spoilt).train()
+    assert str(error.value).startswith(words)
+    assert "set on_nonfinite to skip" in str(error.value)
+    (whole,) = checkpoints(tmp_path / "run")
+    assert (whole.name, damage(whole)) == ("checkpoint-2", None)
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+@pytest.mark.parametrize("call", [4, 7, 16])
+def test_rows_are_those_of_an_order_that_was_drawn(make_trainer, strategy, call):
+    """In two micro-batches a step, of the first epoch and the second, and at its end."""
+    seen = []
+
+    class Marked(Spoilt):
+        def forward(self, student, teacher, labels, attention_mask):
+            seen.append((attention_mask.sum().item(), sorted(labels.tolist())))
+            return super().forward(student, teacher, labels, attention_mask)
+
+    data = make_dataset(16)
+    trainer = spoilt_trainer(
+        make_trainer, Marked([call]), data=data, train_sampling_strategy=strategy, logging_steps=1,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, save_strategy="no", max_steps=8,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    with pytest.raises(NonFiniteError) as error:
+        trainer.train()
+    text = str(error.value)
+    assert text.startswith(f"step {(call + 1) // 2}: the loss ce is NaN, in a batch of rows ")
+    rows = [int(row) for row in text.partition("rows ")[2].partition(" of")[0].split(", ")]
+    assert len(rows) == 2
+    lengths, labels = ([data[row][name] for row in rows] for name in ("input_ids", "labels"))
+    assert (sum(map(len, lengths)), sorted(labels)) == seen[call - 1]
+
+
+def test_a_student_that_answers_nan_is_named_with_those_rows(make_trainer):
+    student = make_student(dropout=0.0)
+    with torch.no_grad():
+        student.distilbert.embeddings.word_embeddings.weight[50] = float("nan")
+    data = make_dataset(16)
+    expected = [row for row in range(4) if 50 in data[row]["input_ids"]] or None
+    word = data[2]["input_ids"][1]
+    if expected is None:
+        with torch.no_grad():
+            student.distilbert.embeddings.word_embeddings.weight[word] = float("nan")
+        expected = [row for row in range(4) if {50, word} & set(data[row]["input_ids"])]
+    with pytest.raises(NonFiniteError) as error:
+        spoilt_trainer(make_trainer, Spoilt([]), student=student, data=data, logging_steps=1).train()
+    shown = ", ".join(map(str, expected))
+    assert f"as the student's logits are, for row{'s' * (len(expected) > 1)} {shown} of the training" in str(
+        error.value
+    )
+
+
+def test_teacher_logits_that_are_not_finite_are_refused_with_the_rows(make_trainer):
+    teacher, data = make_teacher(), make_dataset(16)
+    word = data[5]["input_ids"][1]
+    with torch.no_grad():
+        teacher.bert.embeddings.word_embeddings.weight[word] = float("inf")
+    first = next(row for row in range(16) if word in data[row]["input_ids"])
+    with pytest.raises(NonFiniteError) as error:
+        spoilt_trainer(make_trainer, Spoilt([]), teacher=teacher, data=data, logging_steps=1).train()
+    assert f"step {first // 4 + 1}: the teacher's logits are NaN or infinite, for row" in str(error.value)
+    assert f" {first}" in str(error.value).partition("for row")[2]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "sgd"])
+@pytest.mark.parametrize("gradient_alone", [False, True])
+def test_a_skipped_step_changes_neither_weights_nor_optimizer(make_trainer, optimizer, gradient_alone, caplog):
+    """A training without the spoilt batch is the same, but for the count of its steps."""
+
+    class States(Spoilt):
+        def forward(self, student, *arguments):
+            states.append((parameters_of(trainer.student), optimizer_state(trainer)))
+            return super().forward(student, *arguments)
+
+    def optimizer_state(of):
+        return [s.clone() for state in of.optimizer.state_dict()["state"].values() for s in state.values()
+                if isinstance(s, torch.Tensor)]  # fmt: skip
+
+    states: list = []
+    trainer = spoilt_trainer(
+        make_trainer, States([3], gradient_alone=gradient_alone), on_nonfinite="skip", optim=optimizer,
+        weight_decay=0.1, max_steps=4, save_strategy="no", logging_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    (weights, before), (weights_after, after) = states[2], states[3]
+    assert all(torch.equal(weights[name], weights_after[name]) for name in weights)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert not all(torch.equal(weights[name], states[1][0][name]) for name in weights)
+    (entry,) = step_logs(trainer)
+    assert entry["nonfinite_steps"] == 1
+    assert all(torch.isfinite(torch.tensor(entry[name])) for name in ("loss", "loss_ce", "loss_kl"))
+    assert ["skipped (1 of at most 10)" in r.message for r in caplog.records if "step 3" in r.message] == [True]
+
+
+def test_too_many_skipped_steps_end_the_training(make_trainer):
+    settings = {"on_nonfinite": "skip", "max_nonfinite_steps": 2}
+    spoilt_trainer(make_trainer, Spoilt([1, 3]), **settings).train()
+    with pytest.raises(
+        NonFiniteError, match=r"step 5: .*the 3th step that is not finite, and max_nonfinite_steps is 2"
+    ):
+        spoilt_trainer(make_trainer, Spoilt([1, 3, 5]), "other", **settings).train()
+
+
+def test_the_count_of_skipped_steps_goes_on_with_the_training(make_trainer):
+    settings = {"on_nonfinite": "skip", "max_nonfinite_steps": 1}
+    spoilt_trainer(make_trainer, Spoilt([1]), max_steps=2, **settings).train()
+    with pytest.raises(NonFiniteError, match="the 2th step"):
+        spoilt_trainer(make_trainer, Spoilt([1]), **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_last_step_that_is_not_finite_is_found_where_nothing_is_logged(make_trainer):
+    with pytest.raises(NonFiniteError, match="step 6"):
+        spoilt_trainer(make_trainer, Spoilt([6]), logging_strategy="no", save_strategy="no").train()
+
+
+def test_a_sound_training_is_what_it_was(make_trainer):
+    """With either policy the weights are the same, bit for bit."""
+    weights = []
+    for policy in ("stop", "skip"):
+        trainer = make_trainer(policy, losses=all_losses(), loss_weights=ALL_WEIGHTS, on_nonfinite=policy)
+        trainer.train()
+        weights.append(parameters_of(trainer.model))
+        assert not any("nonfinite_steps" in entry for entry in step_logs(trainer))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+# ---- the loss scale of float16 ----
+
+
+class FakeScaler:
+    """The part of a GradScaler that is asked, where there is no GPU."""
+
+    def get_scale(self):
+        return 0.5
+
+
+def scaled(left_out):
+    found = iter(left_out)
+
+    class Accelerator(types.SimpleNamespace):
+        @property
+        def optimizer_step_was_skipped(self):
+            return next(found)
+
+    return Accelerator(scaler=FakeScaler(), num_processes=1, device=torch.device("cpu"))
+
+
+def test_overflows_of_float16_are_counted_and_no_error():
+    check = FiniteCheck("stop", 0, scaled([True, False, True]), lambda step, micro: None)
+    for step in range(3):
+        check.add(step, {"ce": torch.tensor(1.0)}, torch.zeros(2, 3), None)
+        check.add_norm(step, torch.tensor(float("inf")), None)
+        check.count_overflow()
+    check.look()
+    assert check.overflows == 2
+    assert check.state() == {"skipped": 0, "overflows": 2}
+
+
+def test_overflows_without_end_are_an_error():
+    check = FiniteCheck("stop", 0, scaled([True] * 25), lambda step, micro: None)
+    with pytest.raises(NonFiniteError, match=r"not finite in 25 steps in a row, at a loss scale of 0.5"):
+        [check.count_overflow() for _ in range(25)]
+
+
+def test_overflows_stand_in_the_log(make_trainer, monkeypatch):
+    trainer = make_trainer("run", max_steps=2, logging_steps=2)
+    monkeypatch.setattr(FiniteCheck, "count_overflow", lambda self: setattr(self, "overflows", self.overflows + 1))
+    trainer.train()
+    assert [entry["fp16_overflows"] for entry in step_logs(trainer)] == [2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be stop or skip, got 'ignore'"),
+        ({"max_nonfinite_steps": -1}, "max_nonfinite_steps must be >= 0, got -1"),
+    ],
+)
+def test_unknown_policies_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationArguments(output_dir=str(tmp_path), use_cpu=True, **changes)
+
+
+def test_the_spoilt_loss_is_a_loss():
+    assert isinstance(Spoilt([]), DistillationLoss)
