@@ -19,6 +19,8 @@ from distill_nlp.hub.card import model_card
 from distill_nlp.hub.client import commit, create_repository, is_network_error
 from distill_nlp.hub.files import CARD, HubFile, checked, listing, onnx_files, report_files, student_files
 from distill_nlp.hub.private import Private
+from distill_nlp.loading import checkpoint_print
+from distill_nlp.onnx_model import EXPORT_FILE, export_record
 from distill_nlp.student_facts import FinishedStudent, find_student, student_facts
 
 Say = Callable[[str], None]
@@ -135,6 +137,12 @@ def _onnx_folders(folder: Path) -> dict[str, Path]:
     found = {name: path for name, path in places.items() if path.is_dir()}
     if not found:
         raise UsageError(f"there is no ONNX export of {folder}; make one first, or leave --include-onnx")
+    own = checkpoint_print(str(folder)) or {}
+    for path in found.values():
+        if not (path / EXPORT_FILE).is_file():
+            raise UsageError(f"{path} has no {EXPORT_FILE}, so it is no export: move it away, or leave --include-onnx")
+        if export_record(path, own) is None:
+            raise UsageError(f"{path} is an export of other weights than those of {folder}: export again")
     return found
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill_nlp.cli import main
 from distill_nlp.hub import client
+from distill_nlp.loading import checkpoint_print
 
 REPO = "tester/tiny-student"
 LABELS = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
@@ -249,7 +250,8 @@ def test_an_export_is_pushed_with_its_own_allow_list(hub, tmp_path, capsys):
     (student / "onnx").mkdir()
     for name in ("model.onnx", "model.onnx_data", "tokenizer.json", "calibration.npz", "session.log"):
         (student / "onnx" / name).write_text(json.dumps({"a": name}))
-    (student / "onnx" / "export.json").write_text(json.dumps({"source": str(student), "flips": 0}))
+    record = {"source": str(student), "model": checkpoint_print(str(student))}
+    (student / "onnx" / "export.json").write_text(json.dumps(record))
     shutil.copytree(student / "onnx", tmp_path / "student-onnx-int8")
     assert push(student, "--include-onnx") == 0
     sent = {name for name in hub.files[REPO] if name.startswith("onnx")}
@@ -257,6 +259,40 @@ def test_an_export_is_pushed_with_its_own_allow_list(hub, tmp_path, capsys):
     assert sent == {f"{folder}/{name}" for folder in ("onnx", "onnx-int8") for name in names}
     assert str(tmp_path).encode() not in hub.all_bytes
     assert "Exports for ONNX Runtime, with their tokenizer: onnx, onnx-int8." in hub.files[REPO]["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (None, "has no export.json, so it is no export"),
+        ("", "is an export of other weights than those of"),
+        ({"model": {"architecture": "BertForSequenceClassification"}}, "is an export of other weights"),
+        ({"model": {"content": "0" * 16}}, "is an export of other weights"),
+    ],
+)
+def test_an_export_of_other_weights_is_not_pushed(hub, tmp_path, capsys, record, said):
+    student = save_student(tmp_path / "student")
+    folder = tmp_path / "student-onnx"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"graph")
+    if record is not None:
+        (folder / "export.json").write_text(json.dumps(record) if record else "{torn")
+    assert push(student, "--include-onnx", "--dry-run") == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert push(student, "--dry-run") == 0
+
+
+def test_an_export_from_before_the_student_was_trained_again_is_not_pushed(hub, tmp_path, capsys):
+    student = save_student(tmp_path / "student")
+    (tmp_path / "student-onnx").mkdir()
+    (tmp_path / "student-onnx" / "model.onnx").write_bytes(b"graph")
+    (tmp_path / "student-onnx" / "export.json").write_text(json.dumps({"model": checkpoint_print(str(student))}))
+    assert push(student, "--include-onnx", "--dry-run") == 0
+    save_student(student, seed=5)
+    assert push(student, "--include-onnx", "--dry-run") == 2
+    assert "is an export of other weights than those of" in capsys.readouterr().err
 
 
 # ---- the dry run and the card ----
