@@ -115,15 +115,20 @@ def _files(options: PushOptions, found: FinishedStudent, token: str | None) -> l
     files = student_files(found.folder, private)
     if not any(file.name == "config.json" for file in files):
         raise UsageError(f"{found.folder} has no config.json: give the folder of a finished student")
+    facts = student_facts(found, private)
     if options.include_report:
         reports = report_files(found.run, private) if found.run else []
         if not reports:
             raise UsageError(f"there is no report beside {found.folder}; leave --include-report, or report first")
+        if not facts.comparison:
+            raise UsageError(
+                f"the report of {found.run} is not on {found.folder} as it is now: "
+                f"`distill-nlp report {found.run}` makes it again, or leave --include-report"
+            )
         files += reports
     if options.include_onnx:
         for name, folder in _onnx_folders(found.folder).items():
             files += onnx_files(folder, private, name)
-    facts = student_facts(found, private)
     facts.repo_id, facts.name = options.repo_id, options.repo_id.rpartition("/")[2]
     facts.license, facts.languages = options.license, options.languages
     facts.onnx_folders = sorted({f.name.partition("/")[0] for f in files if f.name.endswith(".onnx")})

@@ -377,14 +377,19 @@ def test_the_card_of_a_real_run_has_the_figures_of_its_report(experiment, tmp_pa
 
 
 @pytest.mark.parametrize("change", ["no report", "another student"])
-def test_without_a_report_on_this_student_the_card_has_no_figures(hub, tmp_path, change):
+def test_a_report_that_is_not_on_this_student_is_neither_quoted_nor_sent(hub, tmp_path, capsys, change):
     run = write_run(tmp_path / "run")
     if change == "no report":
+        # The page alone says nothing of which student it is on.
         (run / "report.json").unlink()
     else:
         record = json.loads((run / "student/seed-0/stage.json").read_text())
         record["fingerprint"]["training"]["learning_rate"] = 0.5
         (run / "student/seed-0/stage.json").write_text(json.dumps(record))
+    assert push(run / "student" / "seed-0", "--include-report") == 2
+    err = capsys.readouterr().err
+    assert ("--include-report" in err, err.count("\n")) == (True, 1)
+    assert REPO not in hub.files
     assert push(run / "student" / "seed-0") == 0
     card = ModelCard(hub.files[REPO]["README.md"].decode())
     assert "model-index" not in card.data.to_dict()
