@@ -113,6 +113,8 @@ def test_names_on_the_hub_and_on_this_machine(monkeypatch, tmp_path):
     (tmp_path / "data").mkdir()
     assert hub_name("stanfordnlp/imdb") == "stanfordnlp/imdb"
     assert [hub_name(name) for name in (None, "data", "/srv/x", "a/b/c", "../x", "a--b", "a b")] == [None] * 7
+    assert [hub_name(name) for name in ("reviews.csv", "data/reviews.jsonl", "a/b.parquet")] == [None] * 3
+    assert hub_name("microsoft/deberta-v3.txt-base") == "microsoft/deberta-v3.txt-base"
     assert [is_local_path(t) for t in ("/srv/x", "~/x", "file:/x/y", "C:/x", "/", "//", "a/b", "[/INST]")] == [
         *[True] * 4,
         False,

@@ -117,10 +117,12 @@ def is_local_path(text: str) -> bool:
 
 
 def hub_name(text: str | None) -> str | None:
-    """The text, where it is the id of something on the Hub: of that form, and no folder here."""
+    """The text, where it is the id of something on the Hub: of that form, no file of data, no folder here."""
     if text is None or not re.fullmatch(r"\w[\w.-]*(?:/[\w.-]+)?", text):
         return None
-    return None if Path(text).expanduser().exists() or "--" in text or ".." in text else text
+    if "--" in text or ".." in text or re.search(r"\.(?:csv|tsv|jsonl?|parquet|txt)$", text):
+        return None
+    return None if Path(text).expanduser().exists() else text
 
 
 def _spellings(folder: str | Path) -> list[str]:
