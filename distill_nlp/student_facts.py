@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from distill_nlp.config import DataSection
 from distill_nlp.config_training import task_metric
 from distill_nlp.errors import UsageError
 from distill_nlp.hub.card import RECIPE, CardFacts, Score
@@ -23,6 +24,7 @@ from distill_nlp.report.render import summary_lines, table_rows, verdict
 from distill_nlp.stages import STAGE_FILE, read_json
 
 RUN_FILE = "config.json"
+_TEST_SPLIT: str = DataSection.model_fields["test_split"].default
 
 
 @dataclass
@@ -122,6 +124,8 @@ def student_facts(found: FinishedStudent, private: Private) -> CardFacts:
         teacher=_teacher(teacher),
         dataset=hub_name(data.get("dataset")) if data.get("dataset") != "synthetic" else None,
         dataset_name=_data_name(data.get("dataset"), private),
+        dataset_config=data.get("config_name"),
+        test_split=data.get("test_split", _TEST_SPLIT) if experiment else None,
         objective=record.get("objective"),
         recipe=_recipe(record, fingerprint),
         parameters=_parameters(found.folder),

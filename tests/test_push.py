@@ -349,6 +349,20 @@ def test_the_card_says_what_the_report_measured_of_this_student(hub, tmp_path):
     assert "hub_token" not in card.text
 
 
+@pytest.mark.parametrize(
+    ("data", "split", "config"),
+    [({}, "test", None), ({"test_split": "validation_matched", "config_name": "mnli"}, "validation_matched", "mnli")],
+)
+def test_the_card_names_the_split_and_the_configuration_that_were_read(hub, tmp_path, data, split, config):
+    run = write_run(tmp_path / "run")
+    experiment = json.loads((run / "config.json").read_text())
+    experiment["data"] = {"dataset": "nyu-mll/glue"} | data
+    (run / "config.json").write_text(json.dumps(experiment))
+    assert push(run) == 0
+    results = ModelCard(hub.files[REPO]["README.md"].decode()).data.eval_results
+    assert {(r.dataset_type, r.dataset_split, r.dataset_config) for r in results} == {("nyu-mll/glue", split, config)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.usefixtures("no_doctor")

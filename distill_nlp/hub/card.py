@@ -53,6 +53,8 @@ class CardFacts:
         teacher: what taught it, as one may say it in public.
         dataset: id on the Hub of its examples.
         dataset_name: how to name these where they are not on the Hub.
+        dataset_config: configuration of a data set on the Hub.
+        test_split: that the scores were measured on.
         languages, license: as the user gave them.
         objective: the losses as a formula.
         recipe: setting -> value.
@@ -81,6 +83,8 @@ class CardFacts:
     teacher: str | None = None
     dataset: str | None = None
     dataset_name: str | None = None
+    dataset_config: str | None = None
+    test_split: str | None = None
     languages: Sequence[str] = ()
     license: str | None = None
     objective: str | None = None
@@ -130,7 +134,8 @@ def _metadata(facts: CardFacts) -> ModelCardData:
             # The Hub wants an id here; what is not on the Hub has none.
             dataset_type=facts.dataset or "custom",
             dataset_name=one_line(facts.dataset or facts.dataset_name or "not named"),
-            dataset_split="test",
+            dataset_config=one_line(facts.dataset_config) if facts.dataset_config else None,
+            dataset_split=one_line(facts.test_split) if facts.test_split else None,
             metric_type={"f1_macro": "f1", "f1_micro": "f1"}.get(score.metric, score.metric),
             metric_name=score.metric,
             metric_value=score.value,
