@@ -333,8 +333,9 @@ def test_the_card_says_what_the_report_measured_of_this_student(hub, tmp_path):
     assert (f1.metric_type, f1.metric_value) == ("f1", 0.8125)
     assert "interval_95" not in f1.metric_args
     for said in (
+        "- Loss: 0.3·ce + 0.7·kl(T=2)\n",
+        "| setting | value |\n|---|---|\n| learning\\_rate | 0.01 |\n",
         f'pipeline("text-classification", model="{REPO}")',
-        "0.3·ce + 0.7·kl(T=2)",
         "This student on 16 test rows: accuracy 0.8225",
         "| 95% interval | 0.8000 … 0.9500 | 0.6000 … 0.8000 | 0.7000 … 0.9000 |",
         "| latency p50 / p95, batch 1 | 1.0 / 2.0 ms",
@@ -410,6 +411,33 @@ def test_a_report_that_is_not_on_this_student_is_neither_quoted_nor_sent(hub, tm
     assert ("There is no report" if change == "no report" else "is not on this student as it is now") in card.text
     assert "0.8125" not in card.text
     assert "license" not in card.data.to_dict()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_each_phase_of_a_training_is_told_in_the_card(hub, tmp_path, kept):
+    """With its folder, and by what the student's own record says of it alone."""
+    run = write_run(tmp_path / "run")
+    student = run / "student" / "seed-0"
+    first = {"seed": 0, "training": {"learning_rate": 0.5, "max_steps": 7, "warmup_steps": 2}}
+    second = {"seed": 0, "training": {"learning_rate": 0.25, "max_steps": 5}, "after": first}
+    for i, (fingerprint, steps) in enumerate([(first, 7), (second, 5)], 1):
+        folder = student.with_name(f"seed-0-phase-{i}")
+        folder.mkdir()
+        record = {"fingerprint": fingerprint, "objective": f"{i}·hidden", "steps": steps}
+        (folder / "stage.json").write_text(json.dumps(record if kept else record | {"fingerprint": {"of": "another"}}))
+    record = json.loads((student / "stage.json").read_text())
+    record["fingerprint"]["after"] = second
+    (student / "stage.json").write_text(json.dumps(record))
+    assert push(student) == 0
+    card = ModelCard(hub.files[REPO]["README.md"].decode()).text
+    lines = card.splitlines()
+    assert "- Loss, phase 3: 0.3·ce + 0.7·kl(T=2)" in lines
+    assert ("- Loss, phase 1: 1·hidden" in lines, "- Loss, phase 2: 2·hidden" in lines) == (kept, kept)
+    assert "| setting | phase 1 | phase 2 | phase 3 |" in lines
+    assert "| learning\\_rate | 0.5 | 0.25 | 0.01 |" in lines
+    assert "| warmup\\_steps | 2 | – | – |" in lines
+    assert f"| steps | {'7 | 5' if kept else '– | –'} | 3 |" in lines
+    assert "| seed | 0 | 0 | 0 |" in lines
 
 
 def test_names_from_data_stay_text_in_the_card(hub, tmp_path):

@@ -39,6 +39,14 @@ class Score:
 
 
 @dataclass
+class Phase:
+    """One of several trainings of a student, one after the other: its losses as a formula, setting -> value."""
+
+    objective: str | None
+    recipe: Mapping[str, Any]
+
+
+@dataclass
 class CardFacts:
     """What is known of a student; what is not known is left out of the card, not guessed.
 
@@ -58,6 +66,7 @@ class CardFacts:
         languages, license: as the user gave them.
         objective: the losses as a formula.
         recipe: setting -> value.
+        earlier_phases: trainings before the one that `objective` and `recipe` tell of.
         parameters, size_mb: of the student.
         max_length: in tokens, that it was trained on.
         scores: of this student on the test rows.
@@ -89,6 +98,7 @@ class CardFacts:
     license: str | None = None
     objective: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    earlier_phases: Sequence[Phase] = ()
     parameters: int | None = None
     size_mb: float | None = None
     max_length: int | None = None
@@ -236,14 +246,20 @@ def _making(facts: CardFacts) -> list[str]:
         lines.append(f"- Started from: {markdown(facts.base_model)}")
     if dataset:
         lines.append(f"- Examples: {markdown(dataset)}" + ("" if facts.dataset else ", not on the Hub"))
-    if facts.objective:
-        lines.append(f"- Loss: {markdown(facts.objective)}")
+    phases = [*facts.earlier_phases, Phase(facts.objective, facts.recipe)]
+    titles = [f"phase {i}" for i in range(1, len(phases) + 1)] if facts.earlier_phases else ["value"]
+    for title, phase in zip(titles, phases, strict=True):
+        if phase.objective:
+            of = f", {title}" if facts.earlier_phases else ""
+            lines.append(f"- Loss{of}: {markdown(phase.objective)}")
     if facts.parameters:
         size = f", {facts.size_mb:.1f} MB" if facts.size_mb else ""
         lines.append(f"- Size: {facts.parameters / 1e6:.2f}M parameters{size}")
-    if facts.recipe:
-        lines += ["", "| setting | value |", "|---|---|"]
-        lines += [f"| {markdown(name)} | {markdown(value)} |" for name, value in facts.recipe.items()]
+    if settings := dict.fromkeys(name for phase in phases for name in phase.recipe):
+        lines += ["", f"| setting | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
+        for name in settings:
+            values = [markdown(phase.recipe.get(name, "–")) for phase in phases]
+            lines.append(f"| {markdown(name)} | {' | '.join(values)} |")
     if facts.command:
         lines += ["", "Made by", "", *fenced(facts.command)]
     if facts.settings:
