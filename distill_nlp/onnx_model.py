@@ -83,6 +83,18 @@ def is_exported(name: str) -> bool:
     return (folder / MODEL_FILE).is_file() and (folder / EXPORT_FILE).is_file()
 
 
+def export_record(folder: str | Path, model: dict[str, Any]) -> dict[str, Any] | None:
+    """What an export says of itself; None where it is of other weights, or does not say of which.
+
+    Args:
+        folder: of the export.
+        model: `checkpoint_print` of the model that it should be of.
+    """
+    record = read_json(Path(folder) / EXPORT_FILE)
+    of = record.get("model") if isinstance(record, dict) else None
+    return record if isinstance(of, dict) and of.get("content", "") == model["content"] else None
+
+
 def exported_size(name: str) -> dict[str, Any]:
     """`parameters` of the original, and megabytes (10^6) of the export, `size_mb` on disk and `weights_mb` to load.
 

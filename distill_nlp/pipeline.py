@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from distill_nlp.config import CONFIG_FILE, STAGES, Experiment
+from distill_nlp.config import CONFIG_FILE, STAGES, SYNTHETIC, TRAIN_TOKENIZER, Experiment
 from distill_nlp.doctor import Finding, compact_lines, examine, examine_teachers, guarded
 from distill_nlp.durable_files import write_json
 from distill_nlp.errors import DistillError, UsageError
@@ -83,7 +84,7 @@ class Pipeline:
         if doctor:
             self._heed(partial(self._examine, stages))
         if self.state.is_main_process:
-            write_json(self.root / CONFIG_FILE, self.experiment.model_dump(mode="json", exclude_unset=True))
+            write_json(self.root / CONFIG_FILE, _settings(self.experiment))
         if "teacher" in stages and self.teachers.train() and doctor:
             self._heed(partial(examine_teachers, self.materials, self.prints))
         for seed in self.experiment.seeds:
@@ -195,3 +196,23 @@ class Pipeline:
         """
         self.prints.trust_launch_of(self.root / "student" / f"seed-{self.experiment.seeds[0]}")
         return ReportStage(self.runner, self.prints, self.teachers).make(again=True, fresh=fresh)
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """As they are kept with the run: what is on this machine by its absolute path, as from here it is known to be.
+
+    From another folder `data/imdb` could as well be something on the Hub, and a report would not find it.
+    """
+    kept = experiment.model_dump(mode="json", exclude_unset=True)
+    data, teacher, student = kept["data"], kept["teacher"], kept["student"]
+    for section, name in ((kept, "output_dir"), (kept, "cache_dir")):
+        if section.get(name) is not None:
+            section[name] = os.path.abspath(Path(section[name]).expanduser())
+    places = [(data, "dataset"), (data, "tokenizer"), (student, "model"), (teacher, "model")]
+    places += [(data, "unlabeled")] * Path(experiment.data.unlabeled or "").expanduser().is_file()
+    places += [(member, "model") for member in teacher.get("ensemble", [])]
+    for section, name in places:
+        value = section.get(name)
+        if value is not None and value not in (SYNTHETIC, TRAIN_TOKENIZER) and Path(value).expanduser().exists():
+            section[name] = os.path.abspath(Path(value).expanduser())
+    return kept

@@ -19,6 +19,8 @@ from distill_nlp.hub.card import model_card
 from distill_nlp.hub.client import commit, create_repository, is_network_error
 from distill_nlp.hub.files import CARD, HubFile, checked, listing, onnx_files, report_files, student_files
 from distill_nlp.hub.private import Private
+from distill_nlp.loading import checkpoint_print
+from distill_nlp.onnx_model import EXPORT_FILE, export_record
 from distill_nlp.student_facts import FinishedStudent, find_student, student_facts
 
 Say = Callable[[str], None]
@@ -113,15 +115,20 @@ def _files(options: PushOptions, found: FinishedStudent, token: str | None) -> l
     files = student_files(found.folder, private)
     if not any(file.name == "config.json" for file in files):
         raise UsageError(f"{found.folder} has no config.json: give the folder of a finished student")
+    facts = student_facts(found, private)
     if options.include_report:
         reports = report_files(found.run, private) if found.run else []
         if not reports:
             raise UsageError(f"there is no report beside {found.folder}; leave --include-report, or report first")
+        if not facts.comparison:
+            raise UsageError(
+                f"the report of {found.run} is not on {found.folder} as it is now: "
+                f"`distill-nlp report {found.run}` makes it again, or leave --include-report"
+            )
         files += reports
     if options.include_onnx:
         for name, folder in _onnx_folders(found.folder).items():
             files += onnx_files(folder, private, name)
-    facts = student_facts(found, private)
     facts.repo_id, facts.name = options.repo_id, options.repo_id.rpartition("/")[2]
     facts.license, facts.languages = options.license, options.languages
     facts.onnx_folders = sorted({f.name.partition("/")[0] for f in files if f.name.endswith(".onnx")})
@@ -135,6 +142,12 @@ def _onnx_folders(folder: Path) -> dict[str, Path]:
     found = {name: path for name, path in places.items() if path.is_dir()}
     if not found:
         raise UsageError(f"there is no ONNX export of {folder}; make one first, or leave --include-onnx")
+    own = checkpoint_print(str(folder)) or {}
+    for path in found.values():
+        if not (path / EXPORT_FILE).is_file():
+            raise UsageError(f"{path} has no {EXPORT_FILE}, so it is no export: move it away, or leave --include-onnx")
+        if export_record(path, own) is None:
+            raise UsageError(f"{path} is an export of other weights than those of {folder}: export again")
     return found
 
 

@@ -137,7 +137,7 @@ class ReportStage:
         )
 
     def _stage_records(self) -> dict[str, Any]:
-        """Steps, seconds, energy and objective of each finished stage of these seeds."""
+        """Steps, seconds, energy and objective of each finished stage of these seeds, and since when they count."""
         names = [part.name for part in self.materials.teachers]
         for seed in self.experiment.seeds:
             before = [f"student/seed-{seed}-phase-{i}" for i in range(1, len(self.experiment.phases))]
@@ -145,5 +145,6 @@ class ReportStage:
         records = {}
         for name in names:
             if (record := StageFolder(self.root / name).record()) is not None:
-                records[name] = {key: record.get(key) for key in ("objective", "steps", "seconds", "energy")}
+                keys = ("objective", "steps", "seconds", "energy", "resumed_from")
+                records[name] = {key: record.get(key) for key in keys}
         return records

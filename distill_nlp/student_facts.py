@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
+from distill_nlp.config import DataSection
 from distill_nlp.config_training import task_metric
 from distill_nlp.durable_files import read_json
 from distill_nlp.errors import UsageError
-from distill_nlp.hub.card import RECIPE, CardFacts, Score
+from distill_nlp.hub.card import RECIPE, CardFacts, Phase, Score
 from distill_nlp.hub.files import INDEX, WEIGHTS
 from distill_nlp.hub.private import Private, hub_name
 from distill_nlp.losses.base import MULTI_LABEL
@@ -24,6 +25,7 @@ from distill_nlp.report.render import summary_lines, table_rows, verdict
 from distill_nlp.stages import STAGE_FILE
 
 RUN_FILE = "config.json"
+_TEST_SPLIT: str = DataSection.model_fields["test_split"].default
 
 
 @dataclass
@@ -123,8 +125,11 @@ def student_facts(found: FinishedStudent, private: Private) -> CardFacts:
         teacher=_teacher(teacher),
         dataset=hub_name(data.get("dataset")) if data.get("dataset") != "synthetic" else None,
         dataset_name=_data_name(data.get("dataset"), private),
+        dataset_config=data.get("config_name"),
+        test_split=data.get("test_split", _TEST_SPLIT) if experiment else None,
         objective=record.get("objective"),
         recipe=_recipe(record, fingerprint),
+        earlier_phases=_earlier_phases(found.folder, fingerprint),
         parameters=_parameters(found.folder),
         size_mb=sum(f.stat().st_size for f in found.folder.glob("model*.safetensors")) / 1e6,
         max_length=(fingerprint.get("data") or {}).get("max_length"),
@@ -208,6 +213,19 @@ def _recipe(record: dict[str, Any], fingerprint: dict[str, Any]) -> dict[str, An
     recipe = {name: training[name] for name in RECIPE if training.get(name) not in (None, -1)}
     recipe |= {"steps": record["steps"]} if "steps" in record else {}
     return recipe | ({"seed": fingerprint["seed"]} if "seed" in fingerprint else {})
+
+
+def _earlier_phases(folder: Path, fingerprint: dict[str, Any]) -> list[Phase]:
+    """The phases before the last, first to last; what is only in their folders, where these are still of them."""
+    prints: list[dict[str, Any]] = []
+    while isinstance(before := fingerprint.get("after"), dict):
+        prints.insert(0, fingerprint := before)
+    phases = []
+    for i, own in enumerate(prints, 1):
+        record = read_json(folder.with_name(f"{folder.name}-phase-{i}") / STAGE_FILE) or {}
+        record = record if record.get("fingerprint") == own else {}
+        phases.append(Phase(record.get("objective"), _recipe(record, own)))
+    return phases
 
 
 def _settings(experiment: dict[str, Any], private: Private) -> str:

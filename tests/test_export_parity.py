@@ -82,6 +82,12 @@ def figures(**changes) -> dict:
             Tolerances(None, 1, 0.005, True),
             ["macro-F1 falls from"],
         ),
+        (figures(flips=1, metric="f1_macro", original=0.9, exported=0.88), Tolerances(None, 1, 0.005, True), []),
+        (
+            figures(flips=1, metric="f1_macro", original=0.9, exported=0.88),
+            Tolerances(None, 1, 0.005, False),
+            ["macro-F1 falls from"],
+        ),
         (figures(metric="accuracy", original=0.8, exported=0.9), Tolerances(None, 1, 0.0, False), []),
     ],
 )
@@ -89,6 +95,20 @@ def test_what_lies_beyond_the_tolerances_is_said(found, allowed, wrong):
     said = problems(found, allowed)
     assert len(said) == len(wrong)
     assert all(text.startswith(start) for text, start in zip(said, wrong, strict=True))
+
+
+def test_one_flipped_row_does_not_refuse_an_export_of_several_labels():
+    """The only row of a rare label: with it goes a third of macro-F1."""
+    wanted = np.zeros((40, 3))
+    wanted[:20, 0] = wanted[20:39, 1] = wanted[39, 2] = 1
+    original = np.where(wanted == 1, 3.0, -3.0)
+    exported = original.copy()
+    exported[39, 2] = -0.1
+    found = compare(original, exported, wanted, several=True)
+    assert (found["flips"], found["original"] - found["exported"]) == (1, pytest.approx(1 / 3))
+    assert problems(found, ExportSettings("m", quantize="int8").tolerances) == []
+    assert len(problems(found, ExportSettings("m").tolerances)) == 3
+    assert len(problems(found, ExportSettings("m", quantize="int8", max_score_loss=0.1).tolerances)) == 2
 
 
 def test_tolerances_follow_the_numbers_and_what_is_given():

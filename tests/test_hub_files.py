@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,65 @@ def test_what_is_private(content, found):
     assert Private(["/srv/runs/a"], ["my-own-token", None]).found_in(content.encode()) == found
 
 
+# What is private, as one reads it: slow, since none of these begins with a literal.
+TOKENS = re.compile(rb"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}|\b(?:ghp_|github_pat_|sk-)[A-Za-z0-9_-]{20,}")
+HOMES = re.compile(rb"(?<![\w.-])/(?:home|Users)/[\w.-]+/|\b[A-Za-z]:\\{1,2}Users\\{1,2}[\w.-]+")
+OWN = re.compile(rb"(?<![\w.-])(?:/srv/runs/abc|/srv/runs/a|/srv)(?![\w.-])")
+PIECES = [
+    b"hf_",
+    b"api_org_",
+    b"ghp_",
+    b"github_pat_",
+    b"sk-",
+    b"a1B2" * 4,
+    b"a1B2" * 5,
+    b"x" * 15,
+    b"_",
+    b"-",
+    b" ",
+    b".",
+]
+PIECES += [
+    b"/home/",
+    b"/Users/",
+    b"C:",
+    b":",
+    b"\\",
+    b"\\",
+    b"Users\\",
+    b"Users",
+    b"/srv",
+    b"/runs/a",
+    b"bc",
+    b"/",
+    b"\xff\x00",
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_private_things_are_found_wherever_they_are_planted(monkeypatch, seed):
+    monkeypatch.setattr("distill_nlp.hub.private.Path.home", lambda: Path("/srv"))
+    monkeypatch.chdir("/")
+    draw, private, seen = random.Random(seed), Private(["/srv/runs/a", "/srv/runs/abc"]), set()
+    for _ in range(5000):
+        content = b"".join(draw.choices(PIECES, k=draw.randint(1, 6)))
+        path = OWN.search(content) or HOMES.search(content)
+        wanted = "an access token" if TOKENS.search(content) else "a local path" if path else None
+        assert private.found_in(content) == wanted, content
+        seen.add(wanted)
+    assert len(seen) == 3
+
+
+def test_weights_are_looked_through_at_a_speed_that_large_ones_need():
+    content = random.Random(0).randbytes(4_000_000)
+    private, start = Private(["/srv/runs/a"]), time.process_time()
+    assert private.found_in(content) is None
+    took = time.process_time() - start
+    start = time.process_time()
+    TOKENS.search(content)
+    assert took < (time.process_time() - start) / 2
+
+
 def test_the_home_and_the_working_directory_are_private(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path, Path.home()):
@@ -51,6 +113,8 @@ def test_names_on_the_hub_and_on_this_machine(monkeypatch, tmp_path):
     (tmp_path / "data").mkdir()
     assert hub_name("stanfordnlp/imdb") == "stanfordnlp/imdb"
     assert [hub_name(name) for name in (None, "data", "/srv/x", "a/b/c", "../x", "a--b", "a b")] == [None] * 7
+    assert [hub_name(name) for name in ("reviews.csv", "data/reviews.jsonl", "a/b.parquet")] == [None] * 3
+    assert hub_name("microsoft/deberta-v3.txt-base") == "microsoft/deberta-v3.txt-base"
     assert [is_local_path(t) for t in ("/srv/x", "~/x", "file:/x/y", "C:/x", "/", "//", "a/b", "[/INST]")] == [
         *[True] * 4,
         False,

@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 
 from distill_nlp.config import ReportSection
 from distill_nlp.metrics import compute_metrics, decisions, f1, multi_label_metrics
-from distill_nlp.report import ReportTeacher, build_report, render_markdown, write_report
+from distill_nlp.report import ReportTeacher, build_report, render_markdown, statistics, write_report
 from distill_nlp.report.build import _compare
 from distill_nlp.report.render import summary_lines, table_rows, verdict
 from distill_nlp.report.scores import agreement, right_rows
@@ -62,28 +62,34 @@ def test_f1_without_anything_there_or_named_is_0():
 # ---- resamples ----
 
 
-def test_the_bootstrap_of_macro_f1_is_that_of_scikit_learn_on_each_resample():
+@pytest.mark.parametrize("copies", [1, 12])
+def test_the_bootstrap_of_macro_f1_is_that_of_scikit_learn_on_each_resample(copies):
+    """Rows of their own, and rows of which there are twelve each."""
     wanted = some_labels(rows=30)
-    found = [some_logits(wanted, flips, seed) > 0 for flips, seed in ((0.1, 1), (0.5, 2))]
+    found = [np.tile(some_logits(wanted, flips, seed) > 0, (copies, 1)) for flips, seed in ((0.1, 1), (0.5, 2))]
+    wanted = np.tile(wanted, (copies, 1))
+    first, sizes = statistics._patterns(np.concatenate([wanted, *found], axis=1))
+    assert (len(first) == len(wanted)) == (copies == 1)
     values = bootstrap_f1(found, wanted, samples=120, seed=7)
-    counts = np.random.default_rng(7).multinomial(30, np.full(30, 1 / 30), size=120)
+    counts = np.concatenate([counts for _, counts in statistics._draws(sizes, 120, seed=7)])
     assert values.shape == (120, 2)
     # Over the edge between two chunks.
     for sample in (0, 1, 99, 100, 119):
-        drawn = np.repeat(np.arange(30), counts[sample])
+        drawn = np.repeat(first, counts[sample])
+        assert len(drawn) == len(wanted)
         for k, named in enumerate(found):
             expected = f1_score(wanted[drawn], named[drawn], average="macro", zero_division=0)
             assert values[sample, k] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("copies", [1, 12])
 @pytest.mark.parametrize(("most", "sizes"), [(90, [3, 3, 1]), (5, [1] * 7)])
-def test_many_rows_are_drawn_in_smaller_chunks_and_alike(monkeypatch, most, sizes):
-    from distill_nlp.report import statistics
-
-    columns, wanted = np.random.default_rng(0).random((30, 2)), some_labels(rows=30)
+def test_many_rows_are_drawn_in_smaller_chunks_and_alike(monkeypatch, most, sizes, copies):
+    columns = np.tile(np.random.default_rng(0).random((30, 2)), (copies, 1))
+    wanted = np.tile(some_labels(rows=30), (copies, 1))
     means, values = bootstrap_means(columns, 7), bootstrap_f1([wanted], wanted, 7)
     monkeypatch.setattr(statistics, "_MOST_COUNTS", most)
-    assert [len(counts) for _, counts in statistics._draws(30, 7, seed=0)] == sizes
+    assert [len(counts) for _, counts in statistics._draws(statistics._patterns(columns)[1], 7, seed=0)] == sizes
     assert np.allclose(bootstrap_means(columns, 7), means, rtol=1e-14)
     assert np.allclose(bootstrap_f1([wanted], wanted, 7), values, rtol=1e-14)
 

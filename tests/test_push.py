@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill_nlp.cli import main
 from distill_nlp.hub import client
+from distill_nlp.loading import checkpoint_print
 
 REPO = "tester/tiny-student"
 LABELS = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
@@ -249,7 +250,8 @@ def test_an_export_is_pushed_with_its_own_allow_list(hub, tmp_path, capsys):
     (student / "onnx").mkdir()
     for name in ("model.onnx", "model.onnx_data", "tokenizer.json", "calibration.npz", "session.log"):
         (student / "onnx" / name).write_text(json.dumps({"a": name}))
-    (student / "onnx" / "export.json").write_text(json.dumps({"source": str(student), "flips": 0}))
+    record = {"source": str(student), "model": checkpoint_print(str(student))}
+    (student / "onnx" / "export.json").write_text(json.dumps(record))
     shutil.copytree(student / "onnx", tmp_path / "student-onnx-int8")
     assert push(student, "--include-onnx") == 0
     sent = {name for name in hub.files[REPO] if name.startswith("onnx")}
@@ -257,6 +259,40 @@ def test_an_export_is_pushed_with_its_own_allow_list(hub, tmp_path, capsys):
     assert sent == {f"{folder}/{name}" for folder in ("onnx", "onnx-int8") for name in names}
     assert str(tmp_path).encode() not in hub.all_bytes
     assert "Exports for ONNX Runtime, with their tokenizer: onnx, onnx-int8." in hub.files[REPO]["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (None, "has no export.json, so it is no export"),
+        ("", "is an export of other weights than those of"),
+        ({"model": {"architecture": "BertForSequenceClassification"}}, "is an export of other weights"),
+        ({"model": {"content": "0" * 16}}, "is an export of other weights"),
+    ],
+)
+def test_an_export_of_other_weights_is_not_pushed(hub, tmp_path, capsys, record, said):
+    student = save_student(tmp_path / "student")
+    folder = tmp_path / "student-onnx"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"graph")
+    if record is not None:
+        (folder / "export.json").write_text(json.dumps(record) if record else "{torn")
+    assert push(student, "--include-onnx", "--dry-run") == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert push(student, "--dry-run") == 0
+
+
+def test_an_export_from_before_the_student_was_trained_again_is_not_pushed(hub, tmp_path, capsys):
+    student = save_student(tmp_path / "student")
+    (tmp_path / "student-onnx").mkdir()
+    (tmp_path / "student-onnx" / "model.onnx").write_bytes(b"graph")
+    (tmp_path / "student-onnx" / "export.json").write_text(json.dumps({"model": checkpoint_print(str(student))}))
+    assert push(student, "--include-onnx", "--dry-run") == 0
+    save_student(student, seed=5)
+    assert push(student, "--include-onnx", "--dry-run") == 2
+    assert "is an export of other weights than those of" in capsys.readouterr().err
 
 
 # ---- the dry run and the card ----
@@ -297,8 +333,9 @@ def test_the_card_says_what_the_report_measured_of_this_student(hub, tmp_path):
     assert (f1.metric_type, f1.metric_value) == ("f1", 0.8125)
     assert "interval_95" not in f1.metric_args
     for said in (
+        "- Loss: 0.3·ce + 0.7·kl(T=2)\n",
+        "| setting | value |\n|---|---|\n| learning\\_rate | 0.01 |\n",
         f'pipeline("text-classification", model="{REPO}")',
-        "0.3·ce + 0.7·kl(T=2)",
         "This student on 16 test rows: accuracy 0.8225",
         "| 95% interval | 0.8000 … 0.9500 | 0.6000 … 0.8000 | 0.7000 … 0.9000 |",
         "| latency p50 / p95, batch 1 | 1.0 / 2.0 ms",
@@ -311,6 +348,20 @@ def test_the_card_says_what_the_report_measured_of_this_student(hub, tmp_path):
     ):
         assert said in card.text, said
     assert "hub_token" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("data", "split", "config"),
+    [({}, "test", None), ({"test_split": "validation_matched", "config_name": "mnli"}, "validation_matched", "mnli")],
+)
+def test_the_card_names_the_split_and_the_configuration_that_were_read(hub, tmp_path, data, split, config):
+    run = write_run(tmp_path / "run")
+    experiment = json.loads((run / "config.json").read_text())
+    experiment["data"] = {"dataset": "nyu-mll/glue"} | data
+    (run / "config.json").write_text(json.dumps(experiment))
+    assert push(run) == 0
+    results = ModelCard(hub.files[REPO]["README.md"].decode()).data.eval_results
+    assert {(r.dataset_type, r.dataset_split, r.dataset_config) for r in results} == {("nyu-mll/glue", split, config)}
 
 
 @pytest.mark.slow
@@ -341,20 +392,52 @@ def test_the_card_of_a_real_run_has_the_figures_of_its_report(experiment, tmp_pa
 
 
 @pytest.mark.parametrize("change", ["no report", "another student"])
-def test_without_a_report_on_this_student_the_card_has_no_figures(hub, tmp_path, change):
+def test_a_report_that_is_not_on_this_student_is_neither_quoted_nor_sent(hub, tmp_path, capsys, change):
     run = write_run(tmp_path / "run")
     if change == "no report":
+        # The page alone says nothing of which student it is on.
         (run / "report.json").unlink()
     else:
         record = json.loads((run / "student/seed-0/stage.json").read_text())
         record["fingerprint"]["training"]["learning_rate"] = 0.5
         (run / "student/seed-0/stage.json").write_text(json.dumps(record))
+    assert push(run / "student" / "seed-0", "--include-report") == 2
+    err = capsys.readouterr().err
+    assert ("--include-report" in err, err.count("\n")) == (True, 1)
+    assert REPO not in hub.files
     assert push(run / "student" / "seed-0") == 0
     card = ModelCard(hub.files[REPO]["README.md"].decode())
     assert "model-index" not in card.data.to_dict()
     assert ("There is no report" if change == "no report" else "is not on this student as it is now") in card.text
     assert "0.8125" not in card.text
     assert "license" not in card.data.to_dict()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_each_phase_of_a_training_is_told_in_the_card(hub, tmp_path, kept):
+    """With its folder, and by what the student's own record says of it alone."""
+    run = write_run(tmp_path / "run")
+    student = run / "student" / "seed-0"
+    first = {"seed": 0, "training": {"learning_rate": 0.5, "max_steps": 7, "warmup_steps": 2}}
+    second = {"seed": 0, "training": {"learning_rate": 0.25, "max_steps": 5}, "after": first}
+    for i, (fingerprint, steps) in enumerate([(first, 7), (second, 5)], 1):
+        folder = student.with_name(f"seed-0-phase-{i}")
+        folder.mkdir()
+        record = {"fingerprint": fingerprint, "objective": f"{i}·hidden", "steps": steps}
+        (folder / "stage.json").write_text(json.dumps(record if kept else record | {"fingerprint": {"of": "another"}}))
+    record = json.loads((student / "stage.json").read_text())
+    record["fingerprint"]["after"] = second
+    (student / "stage.json").write_text(json.dumps(record))
+    assert push(student) == 0
+    card = ModelCard(hub.files[REPO]["README.md"].decode()).text
+    lines = card.splitlines()
+    assert "- Loss, phase 3: 0.3·ce + 0.7·kl(T=2)" in lines
+    assert ("- Loss, phase 1: 1·hidden" in lines, "- Loss, phase 2: 2·hidden" in lines) == (kept, kept)
+    assert "| setting | phase 1 | phase 2 | phase 3 |" in lines
+    assert "| learning\\_rate | 0.5 | 0.25 | 0.01 |" in lines
+    assert "| warmup\\_steps | 2 | – | – |" in lines
+    assert f"| steps | {'7 | 5' if kept else '– | –'} | 3 |" in lines
+    assert "| seed | 0 | 0 | 0 |" in lines
 
 
 def test_names_from_data_stay_text_in_the_card(hub, tmp_path):

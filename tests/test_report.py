@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -36,6 +37,28 @@ def test_the_bootstrap_is_paired_and_has_the_right_spread():
     assert means[:, 0].std() == pytest.approx(a.std() / math.sqrt(400), rel=0.1)
     low, high = interval(means[:, 0])
     assert low < a.mean() < high
+
+
+def test_resamples_of_equal_rows_are_distributed_as_those_of_single_ones():
+    """Means, spread and correlation of two models' accuracies against rows drawn one by one."""
+    rng = np.random.default_rng(0)
+    a = rng.random(300) < 0.8
+    columns = np.stack([a, np.where(rng.random(300) < 0.7, a, ~a)], axis=1).astype(float)
+    rows = rng.integers(300, size=(4000, 300))
+    drawn, means = columns[rows].mean(axis=1), bootstrap_means(columns, samples=4000)
+    assert means.mean(axis=0) == pytest.approx(drawn.mean(axis=0), abs=0.002)
+    assert means.std(axis=0) == pytest.approx(drawn.std(axis=0), rel=0.05)
+    assert np.corrcoef(means.T)[0, 1] == pytest.approx(np.corrcoef(drawn.T)[0, 1], abs=0.05)
+
+
+def test_the_time_of_the_bootstrap_does_not_grow_with_the_rows():
+    right = np.random.default_rng(0).random((100_000, 3)) < 0.8
+    start = time.process_time()
+    bootstrap_means(right.astype(float), samples=2000)
+    took = time.process_time() - start
+    start = time.process_time()
+    np.random.default_rng(0).multinomial(100_000, np.full(100_000, 1e-5), size=100)
+    assert took < time.process_time() - start
 
 
 def test_gap_closed_is_not_defined_without_a_gap():

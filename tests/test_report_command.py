@@ -11,8 +11,12 @@ import pytest
 from helpers import write_rows_of_several_labels
 
 from distill_nlp.cli import main
+from distill_nlp.config_file import load_experiment
+from distill_nlp.hub.private import Private
 from distill_nlp.manifests import write_manifest
+from distill_nlp.pipeline import Pipeline
 from distill_nlp.report.schema import Report
+from distill_nlp.student_facts import FinishedStudent, student_facts
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_doctor")]
 FILES = {"report.json", "report.md", "report.html", "predictions.npz"}
@@ -228,3 +232,44 @@ def test_what_is_no_finished_run_is_refused_in_one_line(break_it, said, finished
     assert "Traceback" not in "".join(err)
     assert (finished / "report.json").read_bytes() == before
     assert list(finished.glob(".*.tmp*")) == []
+
+
+def test_the_settings_kept_with_a_run_name_places_that_every_folder_finds(experiment, tmp_path, monkeypatch):
+    """A run of relative paths: read again from elsewhere, and told on a card."""
+    monkeypatch.chdir(tmp_path)
+    names = {"data__dataset": "data", "data__unlabeled": "data/pool.parquet", "data__tokenizer": "./backbone"}
+    path = experiment(
+        output_dir="run",
+        cache_dir="cache",
+        **names,
+        teacher__model="backbone",
+        teacher__ensemble=[{"model": "backbone", "seed": 1}, {"seed": 2}],
+    )
+    Pipeline(load_experiment(path)).run(stages=[])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    kept = load_experiment(tmp_path / "run" / "config.json")
+    assert (kept.output_dir, kept.cache_dir) == (str(tmp_path / "run"), str(tmp_path / "cache"))
+    assert kept.data.dataset == str(tmp_path / "data")
+    assert kept.data.unlabeled == str(tmp_path / "data" / "pool.parquet")
+    assert kept.data.tokenizer == kept.teacher.model == kept.teacher.ensemble[0].model == str(tmp_path / "backbone")
+    assert kept.teacher.ensemble[1].model is None
+    assert len(Pipeline(kept).materials.splits.train)
+    student = FinishedStudent(tmp_path / "backbone", tmp_path / "run")
+    facts = student_facts(student, Private([tmp_path / "run"]))
+    assert (facts.dataset, facts.base_model, facts.dataset_name) == (None, None, "data")
+    assert "not on the Hub" in facts.teacher
+    assert str(tmp_path) not in facts.settings
+
+
+def test_what_is_no_path_is_kept_with_a_run_as_it_was_given(experiment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "synthetic", "test"):
+        (tmp_path / name).mkdir()
+    changes = {"data__dataset": "synthetic", "data__tokenizer": "train", "data__unlabeled": "unlabeled"}
+    changes |= {"data__label_names": None, "data__validation_split": None, "data__max_train_samples": 32}
+    changes |= {"student": {"config": {"model_type": "distilbert", "dim": 32, "n_heads": 4, "n_layers": 1}}}
+    Pipeline(load_experiment(experiment(**changes))).run(stages=[])
+    data = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    assert (data["dataset"], data["tokenizer"], data["unlabeled"]) == ("synthetic", "train", "unlabeled")

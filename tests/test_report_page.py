@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from distill_nlp.report.explorer_page import MOST_CHARACTERS
 from distill_nlp.report.page import render_page
 from distill_nlp.report.rows import TestRows
 from distill_nlp.report.schema import Report
+from distill_nlp.report_stage import ReportStage
 
 EVIL = '<script>document.title = "owned"</script><img src="http://example.invalid/x.png" onerror="owned()">&amp; "q"'
 NAMES = ["<b>bad</b>", "$good$ | 'fine'"]
@@ -197,6 +199,26 @@ def test_nothing_is_said_of_energy_that_was_not_read(tmp_path):
     assert "Energy is left out" in html
     assert "kJ" not in html
     assert "Energy is left out" in render_markdown(report)
+
+
+def test_a_stage_that_was_interrupted_says_since_when_its_seconds_and_energy_count(tmp_path):
+    stage = {"objective": "1·kl", "steps": 4, "seconds": 2.0, "energy": None}
+    for name, resumed_from in (("student/seed-0", "checkpoint-3"), ("baseline/seed-0", None)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "stage.json").write_text(json.dumps(stage | {"resumed_from": resumed_from, "versions": {}}))
+    run = SimpleNamespace(
+        root=tmp_path,
+        materials=SimpleNamespace(teachers=[SimpleNamespace(name="teacher")]),
+        experiment=SimpleNamespace(seeds=[0], phases=[]),
+    )
+    report = make_report(seeds=(0,))
+    report["run"] = {"dataset": "d", "stages": ReportStage._stage_records(run), "versions": {}, "fingerprint": {}}
+    write_report(report, tmp_path)
+    Report.model_validate_json((tmp_path / "report.json").read_text(encoding="utf-8"))
+    markdown, page = ((tmp_path / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
+    assert "| student/seed-0 | 1·kl | 4 | 2 (from checkpoint-3 on) |" in markdown
+    assert "| baseline/seed-0 | 1·kl | 4 | 2 |" in markdown
+    assert page.count("(from checkpoint-3 on)") == 1
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -39,6 +39,14 @@ class Score:
 
 
 @dataclass
+class Phase:
+    """One of several trainings of a student, one after the other: its losses as a formula, setting -> value."""
+
+    objective: str | None
+    recipe: Mapping[str, Any]
+
+
+@dataclass
 class CardFacts:
     """What is known of a student; what is not known is left out of the card, not guessed.
 
@@ -53,9 +61,12 @@ class CardFacts:
         teacher: what taught it, as one may say it in public.
         dataset: id on the Hub of its examples.
         dataset_name: how to name these where they are not on the Hub.
+        dataset_config: configuration of a data set on the Hub.
+        test_split: that the scores were measured on.
         languages, license: as the user gave them.
         objective: the losses as a formula.
         recipe: setting -> value.
+        earlier_phases: trainings before the one that `objective` and `recipe` tell of.
         parameters, size_mb: of the student.
         max_length: in tokens, that it was trained on.
         scores: of this student on the test rows.
@@ -81,10 +92,13 @@ class CardFacts:
     teacher: str | None = None
     dataset: str | None = None
     dataset_name: str | None = None
+    dataset_config: str | None = None
+    test_split: str | None = None
     languages: Sequence[str] = ()
     license: str | None = None
     objective: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    earlier_phases: Sequence[Phase] = ()
     parameters: int | None = None
     size_mb: float | None = None
     max_length: int | None = None
@@ -130,7 +144,8 @@ def _metadata(facts: CardFacts) -> ModelCardData:
             # The Hub wants an id here; what is not on the Hub has none.
             dataset_type=facts.dataset or "custom",
             dataset_name=one_line(facts.dataset or facts.dataset_name or "not named"),
-            dataset_split="test",
+            dataset_config=one_line(facts.dataset_config) if facts.dataset_config else None,
+            dataset_split=one_line(facts.test_split) if facts.test_split else None,
             metric_type={"f1_macro": "f1", "f1_micro": "f1"}.get(score.metric, score.metric),
             metric_name=score.metric,
             metric_value=score.value,
@@ -231,14 +246,20 @@ def _making(facts: CardFacts) -> list[str]:
         lines.append(f"- Started from: {markdown(facts.base_model)}")
     if dataset:
         lines.append(f"- Examples: {markdown(dataset)}" + ("" if facts.dataset else ", not on the Hub"))
-    if facts.objective:
-        lines.append(f"- Loss: {markdown(facts.objective)}")
+    phases = [*facts.earlier_phases, Phase(facts.objective, facts.recipe)]
+    titles = [f"phase {i}" for i in range(1, len(phases) + 1)] if facts.earlier_phases else ["value"]
+    for title, phase in zip(titles, phases, strict=True):
+        if phase.objective:
+            of = f", {title}" if facts.earlier_phases else ""
+            lines.append(f"- Loss{of}: {markdown(phase.objective)}")
     if facts.parameters:
         size = f", {facts.size_mb:.1f} MB" if facts.size_mb else ""
         lines.append(f"- Size: {facts.parameters / 1e6:.2f}M parameters{size}")
-    if facts.recipe:
-        lines += ["", "| setting | value |", "|---|---|"]
-        lines += [f"| {markdown(name)} | {markdown(value)} |" for name, value in facts.recipe.items()]
+    if settings := dict.fromkeys(name for phase in phases for name in phase.recipe):
+        lines += ["", f"| setting | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
+        for name in settings:
+            values = [markdown(phase.recipe.get(name, "–")) for phase in phases]
+            lines.append(f"| {markdown(name)} | {' | '.join(values)} |")
     if facts.command:
         lines += ["", "Made by", "", *fenced(facts.command)]
     if facts.settings:

@@ -18,11 +18,32 @@ SECRET_KEYS = re.compile(
 # A class may be named `reset_password` or `/people/person`.
 _NAMES_OF_CLASSES = ("id2label", "label2id", "label_names")
 
+
+def _patterns(*parts: tuple[bytes, bytes, bytes]) -> list[re.Pattern[bytes]]:
+    """A pattern each of what must not stand before a literal, the literal, and what must follow it.
+
+    The literal stands first and what is before it is looked at afterwards: the literal is then searched for as such,
+    where a pattern that starts otherwise is tried at each byte, which takes minutes over weights.
+    """
+    return [
+        re.compile(re.escape(text) + b"(?<!" + before + re.escape(text) + b")" + after) for before, text, after in parts
+    ]
+
+
 # Of the Hub, GitHub and OpenAI: what is found in configs and environments.
-_TOKENS = re.compile(rb"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}|\b(?:ghp_|github_pat_|sk-)[A-Za-z0-9_-]{20,}")
+_TOKENS = _patterns(
+    *((rb"\w", text, rb"[A-Za-z0-9]{16}") for text in (b"hf_", b"api_org_")),
+    *((rb"\w", text, rb"[A-Za-z0-9_-]{20}") for text in (b"ghp_", b"github_pat_", b"sk-")),
+)
+_NO_PART = rb"[\w.-]"
+_HOMES = [
+    *_patterns(*((_NO_PART, text, rb"[\w.-]+/") for text in (b"/home/", b"/Users/"))),
+    re.compile(rb":\\(?<=\b[A-Za-z]:\\)\\?Users\\{1,2}[\w.-]"),
+]
+# The same, as long as they are: for texts, which are short.
+_WHOLE_TOKENS = re.compile(rb"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}|\b(?:ghp_|github_pat_|sk-)[A-Za-z0-9_-]{20,}")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 MASK = "***"
-_HOMES = re.compile(rb"(?<![\w.-])/(?:home|Users)/[\w.-]+/|\b[A-Za-z]:\\{1,2}Users\\{1,2}[\w.-]+")
 
 
 def masked(text: str) -> str:
@@ -37,7 +58,7 @@ def masked(text: str) -> str:
         if len(token := os.environ.get(name, "").strip()) >= 8:
             text = text.replace(token, MASK)
     text = _CREDENTIALS.sub(MASK, text)
-    return _TOKENS.sub(MASK.encode(), text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
+    return _WHOLE_TOKENS.sub(MASK.encode(), text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
 
 def secret_in(value: Any, name: str = "") -> str | None:
@@ -76,16 +97,15 @@ class Private:
         self.folders = [path for folder in folders for path in _spellings(folder)]
         own = [path for folder in (Path.home(), Path.cwd()) for path in _spellings(folder)]
         named = sorted({path for path in self.folders + own if len(path) > 1}, key=len, reverse=True)
-        inner = b"|".join(re.escape(path.encode()) for path in named)
         # The whole of a path's part, so that /root is not found in /roots or in example.org/root.
-        self._paths = re.compile(rb"(?<![\w.-])(?:" + inner + rb")(?![\w.-])") if inner else None
+        self._paths = _patterns(*((_NO_PART, path.encode(), rb"(?![\w.-])") for path in named))
         self._tokens = [token.encode() for token in tokens if token]
 
     def found_in(self, content: Any) -> str | None:
         """What private thing is in these bytes (or in this memory map), in words; None where there is nothing."""
-        if any(content.find(token) >= 0 for token in self._tokens) or _TOKENS.search(content):
+        if any(content.find(token) >= 0 for token in self._tokens) or any(p.search(content) for p in _TOKENS):
             return "an access token"
-        if (self._paths and self._paths.search(content)) or _HOMES.search(content):
+        if any(pattern.search(content) for pattern in (*self._paths, *_HOMES)):
             return "a local path"
         return None
 
@@ -136,10 +156,12 @@ def is_local_path(text: str) -> bool:
 
 
 def hub_name(text: str | None) -> str | None:
-    """The text, where it is the id of something on the Hub: of that form, and no folder here."""
+    """The text, where it is the id of something on the Hub: of that form, no file of data, no folder here."""
     if text is None or not re.fullmatch(r"\w[\w.-]*(?:/[\w.-]+)?", text):
         return None
-    return None if Path(text).expanduser().exists() or "--" in text or ".." in text else text
+    if "--" in text or ".." in text or re.search(r"\.(?:csv|tsv|jsonl?|parquet|txt)$", text):
+        return None
+    return None if Path(text).expanduser().exists() else text
 
 
 def _spellings(folder: str | Path) -> list[str]:

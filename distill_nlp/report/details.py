@@ -65,7 +65,9 @@ def stage_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]], str]
     head = ["stage", "objective", "steps", "seconds", *(["energy"] if measured else [])]
     rows = []
     for name, stage in stages.items():
-        cells = [name, stage["objective"], f"{stage['steps']:,}", f"{stage['seconds']:.0f}"]
+        # What came before an interruption was counted by a process that is gone.
+        since = f" (from {stage['resumed_from']} on)" if stage.get("resumed_from") else ""
+        cells = [name, stage["objective"], f"{stage['steps']:,}", f"{stage['seconds']:.0f}{since}"]
         if measured:
             cells.append(f"{measured[name]['joules'] / 1000:.1f} kJ" if name in measured else "not read")
         rows.append(cells)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from distill_nlp.durable_files import read_json
 from distill_nlp.loading import checkpoint_print
-from distill_nlp.onnx_model import EXPORT_FILE, is_exported
+from distill_nlp.onnx_model import export_record, is_exported
 from distill_nlp.report.schema import Export
 
 NOTE = "As measured by distill-nlp export; student and teacher in PyTorch, in turns with the export, on the CPU."
@@ -33,9 +33,8 @@ def read_exports(students: Mapping[int, Path]) -> list[dict[str, Any]]:
             if not is_exported(str(folder)):
                 continue
             own = own or checkpoint_print(str(student))
-            record = read_json(folder / EXPORT_FILE) or {}
             try:
-                if record["model"]["content"] == own["content"]:
+                if record := export_record(folder, own):
                     found.append(_export(seed, folder.name, record))
             except (KeyError, TypeError, ValidationError):
                 continue

@@ -201,12 +201,16 @@ class Energy(Part):
 
 
 class Stage(Part):
-    """A finished training. No energy where the machine has no counter that can be read."""
+    """A finished training. No energy where the machine has no counter that can be read.
+
+    Of one that was interrupted, seconds and energy are those from the checkpoint `resumed_from` on.
+    """
 
     objective: str
     steps: int
     seconds: float
     energy: Energy | None = None
+    resumed_from: str | None = None
 
 
 class Run(Part):

@@ -13,6 +13,9 @@ from distill_nlp.metrics import f1
 _MOST_COUNTS = 2**24
 """Of rows in resamples, that are in memory at once."""
 
+_ROWS_A_PATTERN = 10
+"""From this many on, how often each pattern is drawn costs less than to draw each row."""
+
 
 def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> dict[str, Any]:
     """McNemar's exact two-sided test of two classifiers on the same rows.
@@ -64,8 +67,9 @@ def bootstrap_means(columns: np.ndarray, samples: int, seed: int = 0) -> np.ndar
         `(samples, K)`.
     """
     means = np.empty((samples, columns.shape[1]))
-    for part, counts in _draws(len(columns), samples, seed):
-        means[part] = counts @ columns / len(columns)
+    first, sizes = _patterns(columns)
+    for part, counts in _draws(sizes, samples, seed):
+        means[part] = counts @ columns[first] / len(columns)
     return means
 
 
@@ -87,7 +91,9 @@ def bootstrap_f1(found: Sequence[np.ndarray], wanted: np.ndarray, samples: int, 
         0.0
     """
     values = np.empty((samples, len(found)))
-    for part, drawn in _draws(len(wanted), samples, seed):
+    first, sizes = _patterns(np.packbits(np.concatenate([wanted, *found], axis=1), axis=1))
+    found, wanted = [named[first] for named in found], wanted[first]
+    for part, drawn in _draws(sizes, samples, seed):
         # Whole numbers, exact in float32 up to 2^24 rows.
         counts = drawn.astype(np.float32)
         there = counts @ wanted
@@ -96,14 +102,33 @@ def bootstrap_f1(found: Sequence[np.ndarray], wanted: np.ndarray, samples: int, 
     return values
 
 
-def _draws(rows: int, samples: int, seed: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """How often each row is drawn: (chunk, rows) counts, chunk by chunk, and the place of the chunk."""
-    rng = np.random.default_rng(seed)
-    # In chunks: the counts of all resamples at once would be samples x rows.
-    size = max(min(100, _MOST_COUNTS // rows), 1)
-    for start in range(0, samples, size):
-        part = slice(start, min(start + size, samples))
-        yield part, rng.multinomial(rows, np.full(rows, 1 / rows), size=part.stop - part.start)
+def _patterns(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) the first row of each kind, and (P,) how many there are of it; each row by itself where few are alike.
+
+    Which of some equal rows is drawn changes no figure. Of K models' right and wrong answers there are at most 2^K
+    kinds, however many rows there are.
+    """
+    _, first, sizes = np.unique(rows, axis=0, return_index=True, return_counts=True)
+    if len(first) * _ROWS_A_PATTERN <= len(rows):
+        return first, sizes
+    return np.arange(len(rows)), np.ones(len(rows), dtype=int)
+
+
+def _draws(sizes: np.ndarray, samples: int, seed: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """How often rows of each kind are drawn: (chunk, P) counts, chunk by chunk, and the place of the chunk.
+
+    As many rows are drawn as there are, with replacement.
+    """
+    rng, rows, kinds = np.random.default_rng(seed), int(sizes.sum()), len(sizes)
+    # In chunks: the counts of all resamples at once would be samples x kinds.
+    step = max(min(100, _MOST_COUNTS // kinds), 1)
+    for start in range(0, samples, step):
+        part = slice(start, min(start + step, samples))
+        if kinds < rows:
+            yield part, rng.multinomial(rows, sizes / rows, size=part.stop - start)
+        else:
+            drawn = [np.bincount(rng.integers(rows, size=rows), minlength=rows) for _ in range(start, part.stop)]
+            yield part, np.stack(drawn)
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:
