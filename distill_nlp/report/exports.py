@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distill_nlp.durable_files import read_json
 from distill_nlp.loading import checkpoint_print
 from distill_nlp.onnx_model import export_record, is_exported
 from distill_nlp.report.schema import Export
