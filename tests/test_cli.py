@@ -183,6 +183,15 @@ def test_a_file_name_is_not_classified_as_a_text(arguments, expected, monkeypatc
     assert list(read_texts(["What a film. See it.", "no.csv here"])) == ["What a film. See it.", "no.csv here"]
 
 
+@pytest.mark.parametrize("text", ["long " * 60, "l" * 256, "~nobody said so", "half\0", "a/" * 3000, ""])
+@pytest.mark.parametrize("others", [[], ["A short one."]])
+def test_a_text_that_can_be_no_file_name_is_a_text(text, others):
+    from distill_nlp.prediction import read_texts
+
+    assert list(read_texts([text, *others])) == [text, *others]
+    assert list(read_texts([*others, text])) == [*others, text]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_it_runs_under_a_launcher_on_one_rank_and_on_two(experiment, tmp_path, ranks):
