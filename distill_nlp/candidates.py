@@ -7,10 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distill_nlp.errors import UsageError
 from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_names
-from distill_nlp.loading import is_classifier, load_config, load_tokenizer
+from distill_nlp.loading import check_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import ModelShape, ProblemType
 from distill_nlp.onnx_model import exported_size, is_exported, load_for_inference
 from distill_nlp.report.evaluation import model_size
@@ -59,8 +58,7 @@ class ModelCandidate:
     def __init__(self, name: str, max_length: int | None = None) -> None:
         self.name = name
         self.config = load_config(name)
-        if not is_classifier(self.config):
-            raise UsageError(f"{name} is no classifier (its config names {self.config.architectures}); train one first")
+        check_classifier(name, self.config)
         self.problem_type: ProblemType = ModelShape.from_config(self.config).problem_type
         self._model, self._tokenizer = load_for_inference(name), load_tokenizer(name, config=self.config)
         allowed = [self._tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]

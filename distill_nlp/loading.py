@@ -27,6 +27,7 @@ from distill_nlp.checkpoint_checks import (
 )
 from distill_nlp.data_files import first_line, local_path
 from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.losses.base import SINGLE_LABEL, ModelShape
 
 _trusts_code: ContextVar[bool] = ContextVar("trusts_code", default=False)
 
@@ -58,6 +59,25 @@ def load_config(name: str, revision: str | None = None) -> Any:
 def is_classifier(config: Any) -> bool:
     """Whether a checkpoint has a trained classification head: its config says what class saved it."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def check_classifier(name: str, config: Any) -> None:
+    """Refuses a checkpoint that cannot say which class a text has.
+
+    Args:
+        name: as the user gave it.
+        config: of the checkpoint.
+
+    Raises:
+        UsageError: it has no classification head, or one that gives a single number.
+    """
+    if not is_classifier(config):
+        raise UsageError(f"{name} is no classifier (its config names {config.architectures}); train one first")
+    problem_type = ModelShape.from_config(config).problem_type
+    if problem_type == "regression":
+        raise UsageError(f"{name} is a regression (num_labels {config.num_labels}); give a classifier")
+    if problem_type == SINGLE_LABEL and config.num_labels < 2:
+        raise UsageError(f"{name} has a single class, which every text has; give a classifier of two or more")
 
 
 def load_classifier(name: str, revision: str | None = None, **settings: Any) -> PreTrainedModel:

@@ -16,7 +16,7 @@ import torch
 from distill_nlp.data_files import check_utf8, load_split
 from distill_nlp.errors import UsageError
 from distill_nlp.inference import predict_logits
-from distill_nlp.loading import load_config, load_tokenizer
+from distill_nlp.loading import check_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 from distill_nlp.onnx_model import load_for_inference
 
@@ -83,12 +83,11 @@ def predict(
         max_length: in tokens; what the tokenizer or the model allows where not given.
 
     Raises:
-        UsageError: the model is no classifier.
+        UsageError: the model is no classifier, or a regression.
     """
     config = load_config(model)
+    check_classifier(model, config)
     classifier = load_for_inference(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-        raise UsageError(f"{model} is no classifier (its config names {config.architectures}); train one first")
     tokenizer = load_tokenizer(model, config=config)
     limit = longest_input(config, tokenizer, max_length)
     stream = iter(texts)

@@ -25,8 +25,9 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from distill_nlp.errors import DistillError
 from distill_nlp.inference import predict_logits
-from distill_nlp.loading import load_tokenizer
+from distill_nlp.loading import check_classifier, load_config, load_tokenizer
 from distill_nlp.onnx_model import load_for_inference
 from distill_nlp.prediction import longest_input
 
@@ -105,9 +106,11 @@ class Batcher:
 
 
 def make_app(folder: str, limits: Limits | None = None) -> FastAPI:
-    """The application for an exported folder, or for a checkpoint."""
+    """The application for an exported folder, or for a checkpoint; raises `DistillError` where it is no classifier."""
     limits = limits or Limits()
-    model, tokenizer = load_for_inference(folder), load_tokenizer(folder)
+    config = load_config(folder)
+    check_classifier(folder, config)
+    model, tokenizer = load_for_inference(folder), load_tokenizer(folder, config=config)
     length = longest_input(model.config, tokenizer, None)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     several = model.config.problem_type == "multi_label_classification"
@@ -188,7 +191,11 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
-    uvicorn.run(make_app(options.folder), host=options.host, port=options.port, log_level="warning")
+    try:
+        app = make_app(options.folder)
+    except DistillError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
 
 
 if __name__ == "__main__":

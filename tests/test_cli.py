@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import BINARY, make_student, make_teacher, make_tokenizer, swapped_tokenizer
 
 from distill_nlp.cli import main
+from distill_nlp.errors import UsageError
+from distill_nlp.loading import check_classifier
 from distill_nlp.stages import StageFolder
 
 ROOT = Path(__file__).parent.parent
@@ -174,7 +177,6 @@ def test_nothing_is_made_from_a_teacher_or_reported_on_models_of_other_settings(
     ],
 )
 def test_a_file_name_is_not_classified_as_a_text(arguments, expected, monkeypatch):
-    from distill_nlp.errors import UsageError
     from distill_nlp.prediction import read_texts
 
     monkeypatch.chdir(ROOT)
@@ -525,7 +527,6 @@ def test_a_hub_id_without_a_network_fails_in_one_line(experiment, capsys):
 
 
 def test_a_traceback_only_with_debug(experiment):
-    from distill_nlp.errors import UsageError
 
     with pytest.raises(UsageError):
         main(["run", str(experiment(data__dataset="./nowhere")), "--debug"])
@@ -535,6 +536,32 @@ def test_predict_refuses_what_is_no_classifier(experiment, tmp_path, capsys):
     experiment()
     assert main(["predict", str(tmp_path / "backbone"), "w4"]) == 2
     assert "is no classifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_labels": 1}, "is a regression (num_labels 1); give a classifier"),
+        ({"num_labels": 3, "problem_type": "regression"}, "is a regression (num_labels 3)"),
+    ],
+)
+def test_predict_refuses_a_model_whose_scores_would_be_no_probabilities(tmp_path, capsys, settings, said):
+    make_student(id2label=None, label2id=None, **settings).save_pretrained(tmp_path)
+    # Without a tokenizer or weights: it is refused before they are loaded.
+    (tmp_path / "model.safetensors").unlink()
+    assert main(["predict", str(tmp_path), "w4"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_softmax_over_one_class_is_refused_too():
+    # Older versions of Transformers load it, newer ones refuse its config.
+    kind = {"architectures": ["BertForSequenceClassification"], "num_labels": 1}
+    with pytest.raises(UsageError, match="m has a single class, which every text has"):
+        check_classifier("m", SimpleNamespace(**kind, problem_type="single_label_classification"))
+    check_classifier("m", SimpleNamespace(**kind, problem_type="multi_label_classification"))
 
 
 def test_help_explains_every_setting(capsys):

@@ -165,6 +165,7 @@ def refused(models, rows, tmp_path):
     other = save(make_student(**label_config(("a", "b", "c"))), tmp_path / "other")
     several = save(make_student(problem_type=MULTI), tmp_path / "several")
     make_teacher().bert.save_pretrained(tmp_path / "backbone")
+    number, other_number = (save(make_student(seed=s, num_labels=1), tmp_path / f"number-{s}") for s in (5, 6))
     saved = Dataset.from_dict({"text": ["w5"] * 2, "label": [0, 1]}).cast_column("label", ClassLabel(names=["x", "y"]))
     DatasetDict(test=saved).save_to_disk(tmp_path / "foreign")
     lists = tmp_path / "lists.jsonl"
@@ -176,6 +177,7 @@ def refused(models, rows, tmp_path):
         "no such model": [models[0], "/nowhere/model", *data],
         "no classifier": [models[0], str(tmp_path / "backbone"), *data],
         "other classes": [models[0], other, *data],
+        "regressions": [number, other_number, *data],
         "other task": [models[0], several, *data],
         "no such file": [*models, "--data", "/nowhere.csv"],
         "no such column": [*models, *data, "--text_column", "review"],
@@ -193,6 +195,7 @@ def refused(models, rows, tmp_path):
         ("twice", "is given twice"),
         ("no such model", "no model folder /nowhere/model"),
         ("no classifier", "is no classifier"),
+        ("regressions", "number-5 is a regression (num_labels 1); give a classifier"),
         ("other classes", "only models of the same classes can be compared"),
         ("other task", "is a multi_label_classification model"),
         ("no such file", "no file or folder /nowhere.csv"),

@@ -95,6 +95,16 @@ def test_several_labels_are_all_those_above_a_half(example, tmp_path, capsys):
     assert any(got["labels"] for got in found)
 
 
+def test_a_regression_is_refused_in_one_line_before_it_listens(example, tmp_path, monkeypatch, capsys):
+    model = saved(tmp_path / "number", num_labels=1)
+    monkeypatch.setattr("sys.argv", ["serve_onnx.py", model])
+    monkeypatch.setattr(example.uvicorn, "run", lambda *arguments, **settings: pytest.fail("it listens"))
+    with pytest.raises(SystemExit) as ended:
+        example.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {model} is a regression (num_labels 1); give a classifier\n"
+
+
 def test_requests_that_come_together_share_a_pass_and_keep_their_own_answers(example, folder, monkeypatch):
     passes = []
     original = example.predict_logits

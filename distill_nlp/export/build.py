@@ -23,7 +23,7 @@ from distill_nlp.export.settings import FP16, INT8, ExportSettings
 from distill_nlp.export.texts import Texts, built_in_texts, load_texts
 from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_order
-from distill_nlp.loading import checkpoint_print, is_classifier, load_classifier, load_config, load_tokenizer
+from distill_nlp.loading import check_classifier, checkpoint_print, load_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 from distill_nlp.onnx_model import EXPORT_FILE, MODEL_FILE, OnnxClassifier, is_exported
 from distill_nlp.output_folder import check_can_be_made
@@ -115,10 +115,7 @@ def _load(settings: ExportSettings, say: Say) -> _Original:
     if is_exported(name):
         raise UsageError(f"{name} is an export already; give the checkpoint that it was made from")
     config = load_config(name)
-    if not is_classifier(config):
-        raise UsageError(f"{name} is no classifier (its config names {config.architectures}); train one first")
-    if ModelShape.from_config(config).problem_type == "regression":
-        raise UsageError(f"{name} is a regression; classifiers can be exported")
+    check_classifier(name, config)
     tokenizer, model = load_tokenizer(name, config=config), load_classifier(name)
     if settings.data is None:
         texts = built_in_texts()
