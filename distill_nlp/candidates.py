@@ -9,6 +9,7 @@ import numpy as np
 
 from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_names
+from distill_nlp.lengths import longest_input
 from distill_nlp.loading import check_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import ModelShape, ProblemType
 from distill_nlp.onnx_model import exported_size, is_exported, load_for_inference
@@ -61,8 +62,7 @@ class ModelCandidate:
         check_classifier(name, self.config)
         self.problem_type: ProblemType = ModelShape.from_config(self.config).problem_type
         self._model, self._tokenizer = load_for_inference(name), load_tokenizer(name, config=self.config)
-        allowed = [self._tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
-        self._max_length = min(n for n in (max_length, *allowed) if n)
+        self._max_length = longest_input(self.config, self._tokenizer, max_length)
         self.rows: Sequence[dict[str, Any]] = []
 
     def read(self, dataset: Any) -> None:

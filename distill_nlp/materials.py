@@ -16,6 +16,7 @@ from distill_nlp.config import TRAIN_TOKENIZER, Experiment, LossSection
 from distill_nlp.data import Splits, content_hash, load_splits
 from distill_nlp.errors import UsageError
 from distill_nlp.labels import anonymous
+from distill_nlp.lengths import most_positions
 from distill_nlp.loading import load_backbone, load_classifier, load_tokenizer
 from distill_nlp.losses import LOSSES, DistillationLoss, ModelShape
 from distill_nlp.losses.cross_entropy import BALANCED, balanced_class_weights
@@ -240,15 +241,14 @@ class Materials:
         student = self.new_student()
         lengths = [(part.name, config, part.max_length) for part, config in zip(self.teachers, configs, strict=True)]
         for role, config, length in (*lengths, ("student", student.config, self.experiment.data.max_length)):
-            longest = getattr(config, "max_position_embeddings", None)
+            longest = most_positions(config)
             if longest is not None and longest < length:
                 own = role != "student" and length != self.experiment.data.max_length
                 setting = "teacher.max_length" if own else "data.max_length"
                 raise UsageError(f"{setting} is {length}, but the {role} reads at most {longest} tokens")
         teacher = copy.copy(configs[0])
         teacher.id2label = student.config.id2label
-        sections = self.experiment.losses
-        weights = {name: section.weight for name, section in sections.items()}
+        weights = {name: section.weight for name, section in self.experiment.losses.items()}
         objective = DistillationObjective(self.new_losses(), weights)
         try:
             check_embeddings(self.tokenizer, student.config, "the student")

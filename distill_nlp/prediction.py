@@ -16,6 +16,7 @@ import torch
 from distill_nlp.data_files import check_utf8, load_split
 from distill_nlp.errors import UsageError
 from distill_nlp.inference import predict_logits
+from distill_nlp.lengths import longest_input
 from distill_nlp.loading import check_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 from distill_nlp.onnx_model import load_for_inference
@@ -102,12 +103,6 @@ def predict(
             ranked = sorted(named, key=lambda name: -named[name])
             chosen = [name for name in ranked if named[name] > 0.5] if several else ranked[:1]
             yield _as_json(text, named, chosen, several) if as_json else _as_text(text, named, chosen)
-
-
-def longest_input(config: Any, tokenizer: Any, max_length: int | None = None) -> int:
-    """The most tokens of a text that model, tokenizer and `max_length` all allow."""
-    limits = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    return min(n for n in limits if n)
 
 
 def _as_json(text: str, scores: dict[str, float], chosen: list[str], several: bool) -> str:

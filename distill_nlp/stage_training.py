@@ -22,6 +22,7 @@ from distill_nlp.energy import EnergyMeter
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.interruption import Interrupted
+from distill_nlp.lengths import most_positions
 from distill_nlp.losses import DistillationLoss, ModelShape
 from distill_nlp.metrics import compute_metrics
 from distill_nlp.nonfinite import NonFiniteError
@@ -166,7 +167,7 @@ class TrainingJob:
         )
 
     def _check_length(self) -> None:
-        longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        longest = most_positions(getattr(self.model, "config", None))
         if longest is not None and longest < self.max_length:
             raise UsageError(
                 f"data.max_length is {self.max_length}, but the model of the stage {self.name} reads at most {longest} "

@@ -27,9 +27,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distill_nlp.errors import DistillError
 from distill_nlp.inference import predict_logits
+from distill_nlp.lengths import longest_input
 from distill_nlp.loading import check_classifier, load_config, load_tokenizer
 from distill_nlp.onnx_model import load_for_inference
-from distill_nlp.prediction import longest_input
 
 logger = logging.getLogger(__name__)
 Answer = Callable[[list[str]], np.ndarray]

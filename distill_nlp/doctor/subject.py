@@ -21,6 +21,7 @@ from distill_nlp.durable_files import read_json
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.errors import DistillError
 from distill_nlp.fingerprints import Fingerprints
+from distill_nlp.lengths import most_positions
 from distill_nlp.loading import load_classifier
 from distill_nlp.losses import CrossEntropyLoss
 from distill_nlp.losses.base import MULTI_LABEL
@@ -166,7 +167,7 @@ class Subject:
         except DistillError:
             # A model that cannot be built is a finding of its own.
             return None
-        limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+        limits = [most_positions(config) for config in configs]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def live_teacher(self) -> Teacher | TeacherEnsemble:

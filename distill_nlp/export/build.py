@@ -23,11 +23,11 @@ from distill_nlp.export.settings import FP16, INT8, ExportSettings
 from distill_nlp.export.texts import Texts, built_in_texts, load_texts
 from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_order
+from distill_nlp.lengths import longest_input
 from distill_nlp.loading import check_classifier, checkpoint_print, load_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 from distill_nlp.onnx_model import EXPORT_FILE, MODEL_FILE, OnnxClassifier, is_exported
 from distill_nlp.output_folder import check_can_be_made
-from distill_nlp.prediction import longest_input
 from distill_nlp.report.build import machine
 from distill_nlp.report.speed import Run, measure_speed
 

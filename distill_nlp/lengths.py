@@ -1,0 +1,52 @@
+"""How many tokens a model reads at most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Models that number the positions from the padding's id on (`create_position_ids_from_input_ids` in their source):
+# the rows of the table up to that one are of no token.
+_COUNT_FROM_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "layoutlmv3",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+
+
+def most_positions(config: Any) -> int | None:
+    """The most tokens of a row that a model has positions for, those of the template included; None: no limit.
+
+    Args:
+        config: of the model; None, or one that does not name positions, sets no limit.
+
+    Example:
+        >>> most_positions(RobertaConfig(max_position_embeddings=514, pad_token_id=1))
+        512
+    """
+    table = getattr(config, "max_position_embeddings", None)
+    if not table:
+        return None
+    kind = getattr(config, "model_type", None)
+    if kind not in _COUNT_FROM_PADDING:
+        return table
+    # MPNet's code has the number itself.
+    padding = 1 if kind == "mpnet" else config.pad_token_id or 0
+    return table - padding - 1
+
+
+def longest_input(config: Any, tokenizer: Any, max_length: int | None = None) -> int:
+    """The most tokens of a text that model, tokenizer and `max_length` all allow."""
+    limits = [max_length, tokenizer.model_max_length, most_positions(config)]
+    return min(n for n in limits if n)
