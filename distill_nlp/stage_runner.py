@@ -15,6 +15,7 @@ from distill_nlp.materials import Materials
 from distill_nlp.stage_training import Say, TrainingJob
 from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher_parts import TeacherPart
+from distill_nlp.tokenization import with_segments
 
 
 class StageRunner:
@@ -79,12 +80,15 @@ class StageRunner:
         """A training, on the tokens of this teacher, else on the student's."""
         materials = self.materials
         _ = materials.readers
+        tokenizer = materials.tokenizer if reader is None else reader.tokenizer
+        if "text_pair" in materials.splits.train.features:
+            tokenizer = with_segments(tokenizer, parts["model"])
         return TrainingJob(
             name=name,
             folder=folder,
             fingerprint=fingerprint,
             validation=materials.tokens(materials.splits.validation, reader),
-            tokenizer=materials.tokenizer if reader is None else reader.tokenizer,
+            tokenizer=tokenizer,
             max_length=self.experiment.data.max_length if reader is None else reader.max_length,
             callbacks=self.callbacks,
             **parts,

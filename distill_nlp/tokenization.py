@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -9,6 +10,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
+
+from distill_nlp.modeling import accepted_arguments
 
 TEXT_COLUMNS = ("text", "text_pair")
 
@@ -66,6 +69,28 @@ def tokenize(
     # Lists, of several labels per text, are numbers already; a class index leaves the names of the classes behind.
     one_label = "labels" in tokens.column_names and not hasattr(tokens.features["labels"], "feature")
     return tokens.cast_column("labels", Value("int64")) if one_label else tokens
+
+
+def with_segments(tokenizer: Any, model: Any) -> Any:
+    """The tokenizer to deliver with a model of pairs: it tells the two texts apart without being asked to.
+
+    Args:
+        tokenizer: left as it is.
+        model: that reads its tokens.
+
+    Returns:
+        The tokenizer itself where it makes `token_type_ids` already, or the model has no segments to tell apart; else
+        a copy that makes them, and so does what is loaded after it was saved.
+    """
+    names, accepted = tokenizer.model_input_names, accepted_arguments(model)
+    segments = getattr(getattr(model, "config", None), "type_vocab_size", 2)
+    if "token_type_ids" in names or segments < 2 or (accepted is not None and "token_type_ids" not in accepted):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_input_names = [*names, "token_type_ids"]
+    # What is saved.
+    tokenizer.init_kwargs["model_input_names"] = list(tokenizer.model_input_names)
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
