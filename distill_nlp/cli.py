@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         "labels and scores joined by commas, - where none applies); or JSON",
     )
     predict.add_argument("--text_column", default="text", metavar="NAME", help="column of a file with columns [text]")
+    predict.add_argument("--text_pair_column", metavar="NAME", help="second text of a pair, in a file with columns")
     predict.add_argument("--batch_size", type=positive, default=32, metavar="N", help="texts of one pass [32]")
     predict.add_argument("--max_length", type=positive, metavar="N", help="cut texts at so many tokens")
     predict.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
@@ -244,7 +245,7 @@ def _predict(known: argparse.Namespace, rest: list[str]) -> int:
 
     for line in predict(
         known.model,
-        read_texts(known.texts, known.text_column),
+        read_texts(known.texts, known.text_column, known.text_pair_column),
         as_json=known.format == "jsonl",
         batch_size=known.batch_size,
         max_length=known.max_length,

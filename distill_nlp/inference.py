@@ -69,6 +69,24 @@ def batched_answers(
         yield _arrays(started)
 
 
+def encoded_rows(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
+) -> list[dict[str, Any]]:
+    """Token ids of N texts as rows for `predict_logits`, cut and not padded.
+
+    Args:
+        tokenizer: of the model.
+        texts: N of them, one at least.
+        pairs: the N second texts, or None. With them the rows have `token_type_ids`, whatever the tokenizer makes of
+            its own accord: it is for the model to leave them out.
+        max_length: of a row in tokens, the template's included.
+    """
+    columns = [list(texts)] if pairs is None else [list(texts), list(pairs)]
+    types = None if pairs is None else True
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_token_type_ids=types)
+    return [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
+
+
 def _arrays(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
     return [tensor.float().cpu().numpy() for tensor in tensors]
 

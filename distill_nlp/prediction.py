@@ -15,7 +15,7 @@ import torch
 
 from distill_nlp.data_files import check_utf8, load_split
 from distill_nlp.errors import UsageError
-from distill_nlp.inference import predict_logits
+from distill_nlp.inference import encoded_rows, predict_logits
 from distill_nlp.lengths import longest_input
 from distill_nlp.loading import check_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
@@ -25,14 +25,24 @@ _COLUMN_FILES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
 # Texts that are sorted by length together: memory stays flat on files of any size.
 _WINDOW = 2048
 
+Text = str | tuple[str, str]
+"""One text, or the two of a pair."""
 
-def read_texts(arguments: list[str], text_column: str = "text") -> Iterator[str]:
+
+def read_texts(arguments: list[str], text_column: str = "text", text_pair_column: str | None = None) -> Iterator[Text]:
     """The texts of the command line: themselves, the rows of a file, or the lines of stdin.
 
+    Args:
+        arguments: texts, one file, or `-`.
+        text_column, text_pair_column: of a file with columns; with the second one each row is a pair.
+
     Raises:
-        UsageError: a file without that column, without texts in it, or not in UTF-8.
+        UsageError: a file without that column, without texts in it, or not in UTF-8; or pairs of what has no columns.
     """
+    no_columns = f"--text_pair_column is for one file with columns ({', '.join(sorted(_COLUMN_FILES))})"
     if arguments == ["-"]:
+        if text_pair_column is not None:
+            raise UsageError(f"{no_columns}, not for stdin")
         for number, line in enumerate(sys.stdin.buffer, start=1):
             try:
                 yield line.decode("utf-8").rstrip("\r\n")
@@ -51,7 +61,12 @@ def read_texts(arguments: list[str], text_column: str = "text") -> Iterator[str]
         if (exists or looks_like_file) and not (len(arguments) == 1 and exists and path.is_file()):
             problem = "there is no such file" if not exists else "give one file, or texts"
             raise UsageError(f"cannot read texts from {argument}: {problem}")
-    if len(arguments) > 1 or not exists:
+    is_file = len(arguments) == 1 and exists
+    if text_pair_column is not None and not (is_file and path.suffix in _COLUMN_FILES):
+        raise UsageError(f"{no_columns}, not for {path.name if is_file else 'texts'}")
+    if text_pair_column == text_column:
+        raise UsageError(f"--text_column and --text_pair_column are both {text_column!r}; a pair has two columns")
+    if not is_file:
         yield from arguments
         return
     if path.suffix not in _COLUMN_FILES:
@@ -60,25 +75,30 @@ def read_texts(arguments: list[str], text_column: str = "text") -> Iterator[str]
             yield from (line.rstrip("\n") for line in lines)
         return
     rows = load_split(str(path), "train")
-    if text_column not in rows.column_names:
-        raise UsageError(f"{path} has no column {text_column!r}; there is: {', '.join(rows.column_names)}")
-    for i, text in enumerate(rows[text_column]):
-        if not isinstance(text, str):
-            raise UsageError(f"row {i} of {path} has no text in {text_column}: {text!r}")
-        yield text
+    columns = [name for name in (text_column, text_pair_column) if name is not None]
+    for name in columns:
+        if name not in rows.column_names:
+            raise UsageError(f"{path} has no column {name!r}; there is: {', '.join(rows.column_names)}")
+    for i, texts in enumerate(zip(*(rows[name] for name in columns), strict=True)):
+        for name, text in zip(columns, texts, strict=True):
+            if not isinstance(text, str):
+                raise UsageError(f"row {i} of {path} has no text in {name}: {text!r}")
+        yield texts[0] if text_pair_column is None else texts
 
 
 def predict(
-    model: str, texts: Iterable[str], as_json: bool = False, batch_size: int = 32, max_length: int | None = None
+    model: str, texts: Iterable[Text], as_json: bool = False, batch_size: int = 32, max_length: int | None = None
 ) -> Iterator[str]:
-    """One line for each text, in order: `label<TAB>score<TAB>text`, or JSON with the scores of all labels.
+    """One line for each text or pair, in order: `label<TAB>score<TAB>text`, or JSON with the scores of all labels.
+
+    A pair stands as `text ||| second text`, in JSON as `text` and `text_pair`.
 
     A multi-label model gives all labels whose probability is above 0.5, the most probable first, joined by commas as
     their scores are, and `-` in both places where there is none; in JSON a list `labels`.
 
     Args:
         model: folder or Hub id of a classifier, or an exported folder.
-        texts: read as they are needed.
+        texts: read as they are needed; all of them single texts, or all of them pairs.
         as_json: JSON lines instead of text.
         batch_size: texts of one forward pass.
         max_length: in tokens; what the tokenizer or the model allows where not given.
@@ -93,8 +113,8 @@ def predict(
     limit = longest_input(config, tokenizer, max_length)
     stream = iter(texts)
     while window := list(islice(stream, _WINDOW)):
-        encoded = tokenizer(window, truncation=True, max_length=limit)
-        rows = [{key: encoded[key][i] for key in encoded} for i in range(len(window))]
+        columns = [window, None] if isinstance(window[0], str) else list(zip(*window, strict=True))
+        rows = encoded_rows(tokenizer, *columns, limit)
         logits = torch.from_numpy(predict_logits(classifier, tokenizer, rows, batch_size))
         several = ModelShape.from_config(config).problem_type == MULTI_LABEL
         scores = torch.sigmoid(logits) if several else torch.softmax(logits, dim=-1)
@@ -105,12 +125,14 @@ def predict(
             yield _as_json(text, named, chosen, several) if as_json else _as_text(text, named, chosen)
 
 
-def _as_json(text: str, scores: dict[str, float], chosen: list[str], several: bool) -> str:
+def _as_json(text: Text, scores: dict[str, float], chosen: list[str], several: bool) -> str:
     rounded = {name: round(score, 6) for name, score in scores.items()}
     answer: dict[str, Any] = {"labels": chosen} if several else {"label": chosen[0], "score": rounded[chosen[0]]}
-    return json.dumps({"text": text, **answer, "scores": rounded}, ensure_ascii=False)
+    texts = {"text": text} if isinstance(text, str) else dict(zip(("text", "text_pair"), text, strict=True))
+    return json.dumps({**texts, **answer, "scores": rounded}, ensure_ascii=False)
 
 
-def _as_text(text: str, scores: dict[str, float], chosen: list[str]) -> str:
+def _as_text(text: Text, scores: dict[str, float], chosen: list[str]) -> str:
     labels, shown = ",".join(chosen) or "-", ",".join(f"{scores[name]:.4f}" for name in chosen) or "-"
-    return f"{labels}\t{shown}\t{' '.join(text.split())}"
+    parts = [text] if isinstance(text, str) else text
+    return f"{labels}\t{shown}\t{' ||| '.join(' '.join(part.split()) for part in parts)}"

@@ -26,7 +26,7 @@ from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distill_nlp.errors import DistillError
-from distill_nlp.inference import predict_logits
+from distill_nlp.inference import encoded_rows, predict_logits
 from distill_nlp.lengths import longest_input
 from distill_nlp.loading import check_classifier, load_config, load_tokenizer
 from distill_nlp.onnx_model import load_for_inference
@@ -116,9 +116,7 @@ def make_app(folder: str, limits: Limits | None = None) -> FastAPI:
     several = model.config.problem_type == "multi_label_classification"
 
     def answer(texts: list[str]) -> np.ndarray:
-        encoded = tokenizer(texts, truncation=True, max_length=length)
-        rows = [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
-        return predict_logits(model, tokenizer, rows, limits.rows)
+        return predict_logits(model, tokenizer, encoded_rows(tokenizer, texts, None, length), limits.rows)
 
     batcher = Batcher(answer, limits)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,12 @@ from helpers import BINARY, label_config, make_student, make_teacher, make_token
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
 
 from distill_nlp.cli import main
+from distill_nlp.errors import UsageError
+from distill_nlp.prediction import read_texts
 from distill_nlp.tokenization import with_segments
+
+ROWS = {"first": ["w4 w20", "w5", "w30  w31\tw32"], "second": ["w9", "w50 w51 w52", "w7\nw8"], "label": [0, 1, 0]}
+
 
 def without_segments():
     """A tokenizer that does not list `token_type_ids`, as DistilBERT's."""
@@ -33,6 +40,19 @@ def by_hand(folder, tokenizer, first, second, **settings):
         pairs = zip(first, second, strict=True)
         found = [model(**tokenizer(a, b, return_tensors="pt", **settings)).logits[0].numpy() for a, b in pairs]
     return np.stack(found)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [dict(zip(ROWS, row, strict=True)) for row in zip(*ROWS.values(), strict=True)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture
+def bert(tmp_path):
+    return saved(tmp_path / "bert", make_teacher(**label_config(BINARY)), without_segments())
 
 
 # ---- what is saved with a model ----
@@ -66,3 +86,56 @@ def test_only_models_that_tell_segments_apart_get_a_tokenizer_that_makes_them(tm
     for tokenizer in (made, AutoTokenizer.from_pretrained(tmp_path)):
         assert tokenizer("w4", "w5")["token_type_ids"] == [0, 0, 0, 1, 1]
     assert "token_type_ids" not in plain("w4", "w5")
+
+
+# ---- predict ----
+
+
+@pytest.mark.parametrize("tokenizer", [make_tokenizer, without_segments])
+def test_predict_classifies_pairs(tmp_path, file, capsys, tokenizer):
+    folder = saved(tmp_path / "model", make_teacher(**label_config(BINARY)), tokenizer())
+    columns = ["--text_column", "first", "--text_pair_column", "second"]
+    assert main(["predict", folder, file, *columns, "--format", "jsonl"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["text"], row["text_pair"]) for row in found] == list(zip(ROWS["first"], ROWS["second"], strict=True))
+    logits = by_hand(folder, make_tokenizer(), ROWS["first"], ROWS["second"])
+    wanted = torch.softmax(torch.from_numpy(logits), dim=-1).numpy()
+    np.testing.assert_allclose([[row["scores"][name] for name in BINARY] for row in found], wanted, atol=1e-5)
+
+    assert main(["predict", folder, file, *columns]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[2] for line in lines] == ["w4 w20 ||| w9", "w5 ||| w50 w51 w52", "w30 w31 w32 ||| w7 w8"]
+    assert [line[0] for line in lines] == [row["label"] for row in found]
+
+
+def test_a_model_without_segments_reads_pairs_too(tmp_path, file, capsys):
+    folder = saved(tmp_path / "model", make_student(**label_config(BINARY)))
+    assert main(["predict", folder, file, "--text_column", "first", "--text_pair_column", "second"]) == 0
+    labels = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    logits = by_hand(folder, without_segments(), ROWS["first"], ROWS["second"])
+    assert labels == [BINARY[i] for i in logits.argmax(axis=1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-"], "is for one file with columns (.csv, .json, .jsonl, .parquet, .tsv), not for stdin"),
+        (["a text", "another"], "not for texts"),
+        (["a text that ends in .csv"], "not for texts"),
+        (["lines.txt"], "not for lines.txt"),
+        (["gone.csv"], "cannot read texts from gone.csv: there is no such file"),
+        (["pairs.csv"], "pairs.csv has no column 'second'; there is: text, other"),
+        (["holes.csv"], "row 1 of holes.csv has no text in second: None"),
+    ],
+)
+def test_pairs_come_from_a_file_with_columns(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines.txt").write_text("w4\n")
+    (tmp_path / "pairs.csv").write_text("text,other\nw4,w5\n")
+    (tmp_path / "holes.csv").write_text("text,second\nw4,w5\nw6,\n")
+    with pytest.raises(UsageError) as refused:
+        list(read_texts(arguments, text_pair_column="second"))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UsageError, match="--text_column and --text_pair_column are both 'other'"):
+        list(read_texts(["pairs.csv"], "other", "other"))
