@@ -14,7 +14,7 @@ from distill_nlp.config import SYNTHETIC, DataSection
 from distill_nlp.data_files import load_split
 from distill_nlp.data_labels import check_classes, check_same_kind, label_names, problem_type_of, unlabeled, with_labels
 from distill_nlp.errors import UsageError
-from distill_nlp.labels import label_order
+from distill_nlp.labels import anonymous, folded, label_order
 from distill_nlp.losses.base import MULTI_LABEL, SINGLE_LABEL, ProblemType
 
 Loader = Callable[[str], Any]
@@ -113,8 +113,8 @@ def load_labeled(config: DataSection, split: str, names: list[str], problem_type
     Args:
         config: where the rows are; its `label_names` are not read.
         split: to load.
-        names: of the model's classes, by index. Class names that the data have are found among them by name; numbers
-            without names are taken for their indices.
+        names: of the model's classes, by index. Class names that the data have are found among them by name (see
+            `as_classes`); numbers without names are taken for their indices.
         problem_type: of the model.
 
     Returns:
@@ -123,22 +123,43 @@ def load_labeled(config: DataSection, split: str, names: list[str], problem_type
     Raises:
         UsageError: there is no such split or column, or the labels are not the model's.
     """
-    raw = _columns(_loader(config)(split), config, split)
-    if problem_type_of(raw) != problem_type:
+    return as_classes(_columns(_loader(config)(split), config, split), config, split, names, problem_type)
+
+
+def as_classes(rows: Any, config: DataSection, split: str, names: list[str], problem_type: ProblemType) -> Any:
+    """Rows of `load_rows` with their labels as the classes of a finished model; all else as in `load_labeled`.
+
+    Class names are compared exactly, then without case and separators. The data may have a part of the model's
+    classes, be it in the rows or in the names that a data set declares. Names of a model that say nothing (`LABEL_0`)
+    are taken to be in the order of the data's, for strings the alphabetical one, if there are as many.
+    """
+    feature, several = rows.features["labels"], problem_type == MULTI_LABEL
+    # A column without any label has no kind; that is said with its row.
+    if problem_type_of(rows) != problem_type and getattr(feature, "dtype", None) != "null":
         kinds = {SINGLE_LABEL: "one label per row", MULTI_LABEL: "lists of labels"}
         raise UsageError(
-            f"data: {config.label_column} holds {kinds[problem_type_of(raw)]}, and the model was trained on "
+            f"data: {config.label_column} holds {kinds[problem_type_of(rows)]}, and the model was trained on "
             f"{kinds[problem_type]}"
         )
-    feature, several = raw.features["labels"], problem_type == MULTI_LABEL
-    known = getattr(feature.feature if several else feature, "names", None)
-    if known is not None and list(known) != names:
-        raw = _renamed(raw, list(known), names, several)
-    return with_labels(raw, config, split, names)
+    values = list(rows["labels"])
+    known = getattr(getattr(feature, "feature", feature), "names", None)
+    if known is not None:
+        meaning = _places(list(known), names)
+    else:
+        labels = (value for row in values for value in ((row or ()) if several else (row,)))
+        meaning = _spellings({value for value in labels if isinstance(value, str)}, names)
+    if meaning:
+        # A row without a label is refused later, with its number.
+        if several:
+            values = [row and [meaning.get(value, value) for value in row] for row in values]
+        else:
+            values = [meaning.get(value, value) for value in values]
+        rows = rows.remove_columns("labels").add_column("labels", values)
+    return with_labels(rows, config, split, names)
 
 
-def _renamed(dataset: Any, known: list[str], names: list[str], several: bool) -> Any:
-    """The labels as the model's names, of data that name their classes in another order or number."""
+def _places(known: list[str], names: list[str]) -> dict[Any, Any]:
+    """For each class index of the data the model's; empty where they are the same."""
 
     def described(of: list[str]) -> Any:
         return SimpleNamespace(id2label=dict(enumerate(of)), num_labels=len(of))
@@ -147,14 +168,19 @@ def _renamed(dataset: Any, known: list[str], names: list[str], several: bool) ->
         order = label_order(described(names), described(known), restrict=True)
     except ValueError:
         raise UsageError(f"data: its classes {known} are not the model's {names}") from None
-    named = [names[i] for i in (range(len(known)) if order is None else order)]
-    values: list[Any] = list(dataset["labels"])
-    # A row without a label is refused later, with its number.
-    if several:
-        values = [None if row is None else [named[i] for i in row] for row in values]
-    else:
-        values = [None if i is None else named[i] for i in values]
-    return dataset.remove_columns("labels").add_column("labels", values)
+    return {} if order is None else dict(enumerate(order))
+
+
+def _spellings(written: set[str], names: list[str]) -> dict[Any, Any]:
+    """For each label that is written in another way than the model's classes, the class that it means."""
+    foreign = written - set(names)
+    if foreign and anonymous(names) and len(written) == len(names):
+        return dict(zip(sorted(written), names, strict=True))
+    by_name = {folded(name): name for name in names}
+    # `-1` and `1` are one when they are folded.
+    if len(by_name) < len(names) or len(set(map(folded, written))) < len(written):
+        return {}
+    return {value: by_name[folded(value)] for value in foreign if folded(value) in by_name}
 
 
 def load_rows(config: DataSection, split: str, labeled: bool = True) -> tuple[Any, bool]:

@@ -12,6 +12,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from helpers import BINARY, TOPICS, bert_config, label_config, write_rows, write_rows_of_several_labels
 
 pytest.importorskip("onnxruntime")
+from distill_nlp.config import DataSection
+from distill_nlp.data import load_labeled
 from distill_nlp.errors import UsageError
 from distill_nlp.export import ExportSettings
 from distill_nlp.export.parity import compare, problems
@@ -187,8 +189,80 @@ def test_names_of_the_data_in_another_order_are_turned(tmp_path):
     model_names = ("Negative", "Neutral", "Positive")
     assert rows_of(tmp_path / "saved", model_names).labels.tolist() == [2, 0, 1]
     assert rows_of(tmp_path / "saved", ("LABEL_0", "LABEL_1", "LABEL_2")).labels.tolist() == [0, 1, 2]
-    with pytest.raises(UsageError, match="those of the model"):
+    with pytest.raises(UsageError, match="are not the model's"):
         rows_of(tmp_path / "saved", ("x", "y", "z"))
+
+
+THREE = ("negative", "neutral", "positive")
+
+
+def classes_of(tmp_path, labels, model_names, names=None, several=False):
+    """What `compare` and `export` take the labels of a file, or of a saved data set with names, for."""
+    rows = Dataset.from_dict({"text": [f"w{4 + i}" for i in range(len(labels))], "label": labels})
+    if names is not None:
+        feature = ClassLabel(names=names)
+        rows = rows.cast_column("label", List(feature) if several else feature)
+    DatasetDict({"test": rows}).save_to_disk(tmp_path / "rows")
+    task = "multi_label_classification" if several else "single_label_classification"
+    of_export = rows_of(tmp_path / "rows", model_names, problem_type=task).labels.tolist()
+    of_compare = load_labeled(DataSection(dataset=str(tmp_path / "rows")), "test", list(model_names), task)["labels"]
+    assert of_export == list(of_compare)
+    return of_export
+
+
+@pytest.mark.parametrize(
+    ("labels", "model", "names", "wanted"),
+    [
+        ([0, 1, 0], THREE, ["positive", "neutral"], [2, 1, 2]),
+        ([0, 1], THREE, ["Positive", "NEU-tral"], [2, 1]),
+        (["Positive", "neutral"], THREE, None, [2, 1]),
+        (["Positive", "Neutral", "Negative"], THREE, None, [2, 1, 0]),
+        (["neutral", "neutral"], THREE, None, [1, 1]),
+        (["Neutral", "Neutral"], THREE, None, [1, 1]),
+        (["pos", "neg", "pos"], ("LABEL_0", "LABEL_1"), None, [1, 0, 1]),
+        ([1, 0, 0], ("LABEL_0", "LABEL_1"), ["neg", "pos"], [1, 0, 0]),
+        ([True, False], THREE[:2], None, [1, 0]),
+    ],
+)
+def test_labels_are_found_among_the_classes_of_the_model(tmp_path, labels, model, names, wanted):
+    assert classes_of(tmp_path, labels, model, names) == wanted
+
+
+def test_lists_of_labels_are_found_among_the_classes_too(tmp_path):
+    found = classes_of(tmp_path, [["Sport"], [], ["food", "Sport"]], TOPICS, several=True)
+    assert found == [[0, 0, 1], [0, 0, 0], [1, 0, 1]]
+    found = classes_of(tmp_path / "names", [[1], [0, 1]], TOPICS, ["sport", "Food"], several=True)
+    assert found == [[1, 0, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "model", "names", "said"),
+    [
+        (["great", "neutral"], THREE, None, "row 0 of the split 'test' has the label 'great', which is not among"),
+        (["Neutral", "neutral"], THREE, None, "has the label 'Neutral'"),
+        (["a", "b", "c"], ("LABEL_0", "LABEL_1"), None, "has the label 'a'"),
+        (["a", "a"], ("LABEL_0", "LABEL_1"), None, "has the label 'a'"),
+        (["-1", "x"], ("1", "-1"), None, "has the label 'x'"),
+        ([0, 1], THREE, ["neutral", "other"], "its classes ['neutral', 'other'] are not the model's"),
+        ([1, -1, 0], THREE[::-1], list(THREE), "row 1 of the split 'test' has the label -1, outside 0..2"),
+        ([0, None], THREE, None, "row 1 of the split 'test' has no label in label"),
+        ([{"a": 1}], THREE, None, "row 0 of the split 'test' has {'a': 1} (dict) for a label"),
+        ([0.5, 1.0], THREE, None, "row 0 of the split 'test' has the label 0.5 (float)"),
+    ],
+)
+def test_labels_that_are_not_the_models_are_refused(tmp_path, labels, model, names, said):
+    with pytest.raises(UsageError) as refused:
+        classes_of(tmp_path, labels, model, names)
+    assert said in str(refused.value)
+    assert str(refused.value).endswith("; a --label_column that is not there compares without labels")
+    with pytest.raises(UsageError) as refused:
+        load_labeled(DataSection(dataset=str(tmp_path / "rows")), "test", list(model), "single_label_classification")
+    assert said in str(refused.value)
+
+
+def test_a_sample_may_lack_a_class(tmp_path):
+    pd.DataFrame({"text": ["w4"] * 40, "label": ["Neutral"] * 39 + ["Positive"]}).to_parquet(tmp_path / "test.parquet")
+    assert set(rows_of(tmp_path, THREE, rows=5).labels.tolist()) == {1}
 
 
 def test_several_labels_become_vectors(tmp_path):
@@ -218,5 +292,5 @@ def test_labels_of_another_kind_are_refused(tmp_path, several):
     else:
         write_rows_of_several_labels(tmp_path / "data")
     changes = {"problem_type": "multi_label_classification"} if several else {"column": "labels"}
-    with pytest.raises(UsageError, match=r"one label per row|several labels per row"):
+    with pytest.raises(UsageError, match=r"holds (one label per row|lists of labels), and the model was trained on"):
         rows_of(tmp_path / "data", TOPICS, **changes)

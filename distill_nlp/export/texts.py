@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from distill_nlp.config import SYNTHETIC, DataSection
-from distill_nlp.data import load_rows
-from distill_nlp.data_labels import label_names as data_label_names
-from distill_nlp.data_labels import problem_type_of, with_labels
+from distill_nlp.data import as_classes, load_rows
 from distill_nlp.errors import UsageError
-from distill_nlp.labels import label_names, label_order
-from distill_nlp.losses.base import MULTI_LABEL, ModelShape
+from distill_nlp.labels import label_names
+from distill_nlp.losses.base import ModelShape
 
 # Of several lengths, kinds and scripts; written for this.
 _BUILT_IN = (
@@ -75,7 +71,13 @@ def built_in_texts() -> Texts:
 
 
 def load_texts(
-    data: str, split: str | None, text_column: str, label_column: str, max_rows: int, config: Any, labeled: bool = True
+    data: str,
+    split: str | None,
+    text_column: str,
+    label_column: str,
+    max_rows: int,
+    config: Any,
+    labeled: bool = True,
 ) -> Texts:
     """Rows of a split with their labels, as class indices of the model.
 
@@ -93,43 +95,18 @@ def load_texts(
     split = split or ("train" if Path(data).expanduser().is_file() else "test")
     section = DataSection(dataset=data, text_column=text_column, label_column=label_column)
     rows, has_labels = load_rows(section, split, labeled)
+    if has_labels:
+        try:
+            rows = as_classes(rows, section, split, label_names(config), ModelShape.from_config(config).problem_type)
+        except UsageError as error:
+            raise UsageError(
+                f"{error}; a --label_column that is not there compares without labels",
+            ) from None
     if max_rows < len(rows):
         rows = rows.shuffle(seed=0).select(range(max_rows))
-    labels = _labels(rows, section, split, config) if has_labels else None
     name = SYNTHETIC if data == SYNTHETIC else Path(data).name
-    return Texts(list(rows["text"]), labels, f"{name}, {split}")
-
-
-def _labels(rows: Any, section: DataSection, split: str, config: Any) -> np.ndarray:
-    several = ModelShape.from_config(config).problem_type == MULTI_LABEL
-    if several != (problem_type_of(rows) == MULTI_LABEL):
-        kinds = ("one label", "several labels")
-        raise UsageError(
-            f"data: {section.label_column} of {section.dataset} has {kinds[not several]} per row, the model gives "
-            f"{kinds[several]}; name another column, or one that is not there, to compare without labels"
-        )
-    model_names = label_names(config)
-    names = _names(rows, section, model_names, several)
-    labels = np.asarray(with_labels(rows, section, split, names)["labels"])
-    try:
-        known = SimpleNamespace(id2label=dict(enumerate(names)), num_labels=len(names))
-        order = label_order(known, config)
-    except ValueError:
-        raise UsageError(
-            f"data: the labels of {section.dataset} are {names}, those of the model {model_names}; name another "
-            "column, or one that is not there, to compare without labels"
-        ) from None
-    if order is None:
-        return labels
-    # order: for each class of the model its index in the data.
-    return labels[:, order] if several else np.argsort(order)[labels]
-
-
-def _names(rows: Any, section: DataSection, model_names: list[str], several: bool) -> list[str]:
-    """What the labels of the data mean by index; numbers without names mean the model's classes."""
-    feature = rows.features["labels"]
-    if getattr(feature.feature if several else feature, "names", None):
-        return data_label_names(rows, section)
-    values: Sequence[Any] = [v for row in rows["labels"] for v in (row or ())] if several else rows["labels"]
-    foreign = {v for v in values if isinstance(v, str)} - set(model_names)
-    return data_label_names(rows, section) if foreign else model_names
+    return Texts(
+        list(rows["text"]),
+        np.asarray(rows["labels"]) if has_labels else None,
+        f"{name}, {split}",
+    )
