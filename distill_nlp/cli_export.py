@@ -37,6 +37,7 @@ def add_export(commands: Any) -> argparse.ArgumentParser:
     export.add_argument("--split", metavar="NAME", help="of --data [test; the only one of a file]")
     export.add_argument("--max_rows", type=positive, default=500, metavar="N", help="of --data, at random [500]")
     export.add_argument("--text_column", default="text", metavar="NAME", help="of --data and --calibrate [text]")
+    export.add_argument("--text_pair_column", metavar="NAME", help="second text of a pair, of both")
     export.add_argument("--label_column", default="label", metavar="NAME", help="of --data [label]")
     export.add_argument(
         "--calibrate",
@@ -74,7 +75,7 @@ def run_export(known: argparse.Namespace) -> None:
 
     given = vars(known)
     same = ("model", "output", "quantize", "fp16", "reduce_range", "calibrate", "data", "split", "text_column")
-    more = ("label_column", "max_rows", "teacher", "max_difference", "max_flips", "max_score_loss")
+    more = ("text_pair_column", "label_column", "max_rows", "teacher", "max_difference", "max_flips", "max_score_loss")
     settings = ExportSettings(**{name: given[name] for name in same + more}, speed=not known.no_speed)
     record = export_model(settings, lambda line: print(line, file=sys.stderr, flush=True))
     Console().print(terminal_table(record))

@@ -265,6 +265,23 @@ def test_a_sample_may_lack_a_class(tmp_path):
     assert set(rows_of(tmp_path, THREE, rows=5).labels.tolist()) == {1}
 
 
+def test_built_in_pairs_are_of_two_texts_each():
+    found = built_in_texts(pairs=True)
+    assert found.texts == built_in_texts().texts
+    assert sorted(found.pairs) == sorted(found.texts)
+    assert found.source == "built-in pairs"
+
+
+def test_second_texts_stay_with_the_first(tmp_path):
+    write_rows(tmp_path / "data")
+    table = pd.read_parquet(tmp_path / "data" / "test.parquet")
+    found = load_texts(str(tmp_path / "data"), None, "text", "label", 5, config(), text_pair_column="other")
+    together = set(zip(table.text, table.other, table.label, strict=True))
+    assert set(zip(found.texts, found.pairs, found.labels.tolist(), strict=True)) <= together
+    assert len(found.texts) == len(found.pairs) == 5
+    assert rows_of(tmp_path / "data").pairs is None
+
+
 def test_several_labels_become_vectors(tmp_path):
     write_rows_of_several_labels(tmp_path / "data")
     several = {"column": "labels", "problem_type": "multi_label_classification"}

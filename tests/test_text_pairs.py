@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -139,3 +140,74 @@ def test_pairs_come_from_a_file_with_columns(tmp_path, monkeypatch, arguments, s
     assert "\n" not in str(refused.value)
     with pytest.raises(UsageError, match="--text_column and --text_pair_column are both 'other'"):
         list(read_texts(["pairs.csv"], "other", "other"))
+
+
+# ---- export ----
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Rows that an export was compared on, one list of each call, without tracing anything."""
+    pytest.importorskip("onnxruntime")
+    from distill_nlp.export import build
+
+    seen = []
+
+    def counted(model, tokenizer, rows, *arguments):
+        seen.append(rows)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(build, "predict_logits", counted)
+    return seen
+
+
+def export(model, *options):
+    with pytest.raises(RuntimeError, match="far enough"):
+        main(["export", model, "--no-speed", *options, "--debug"])
+
+
+def test_an_export_reads_pairs_with_their_segments(bert, file, capsys):
+    pytest.importorskip("onnxruntime")
+    columns = ["--text_column", "first", "--text_pair_column", "second"]
+    assert main(["export", bert, "--no-speed", "--data", file, *columns]) == 0
+    folder = Path(bert + "-onnx")
+    record = json.loads((folder / "export.json").read_text())
+    assert record["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert (record["parity"]["rows"], record["parity"]["flips"]) == (3, 0)
+    logits = by_hand(bert, make_tokenizer(), ROWS["first"], ROWS["second"])
+    assert record["parity"]["original"] == pytest.approx((logits.argmax(axis=1) == ROWS["label"]).mean(), abs=1e-4)
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(folder).model_input_names
+    capsys.readouterr()
+    found = []
+    for model in (bert, str(folder)):
+        assert main(["predict", model, file, *columns, "--format", "jsonl"]) == 0
+        found.append([json.loads(line)["scores"][BINARY[1]] for line in capsys.readouterr().out.splitlines()])
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+    wanted = torch.softmax(torch.from_numpy(logits), dim=-1)[:, 1]
+    np.testing.assert_allclose(found[1], wanted, atol=1e-4)
+
+
+def test_without_data_pairs_are_compared_on_built_in_pairs(bert, answers, capsys):
+    export(bert, "--text_pair_column", "second")
+    assert "built-in pairs, which have no labels" in capsys.readouterr().err
+    assert all(1 in row["token_type_ids"] for row in answers[0])
+    export(bert)
+    assert "token_type_ids" not in answers[1][0]
+
+
+def test_the_run_says_that_its_models_read_pairs(tmp_path, answers, file, capsys):
+    run = tmp_path / "run"
+    for name in ("teacher", "student/seed-0"):
+        folder = saved(run / name, make_teacher(**label_config(BINARY)), without_segments())
+        (run / name / "stage.json").write_text("{}")
+        (run / "config.json").write_text(json.dumps({"data": {"text_pair_column": "hypothesis"}}))
+        export(folder)
+        assert "built-in pairs" in capsys.readouterr().err
+        assert 1 in answers[-1][0]["token_type_ids"]
+        export(folder, "--data", file, "--text_column", "first")
+        assert "give --text_pair_column (in its run 'hypothesis')" in capsys.readouterr().err
+        export(folder, "--data", file, "--text_column", "first", "--text_pair_column", "second")
+        assert "--text_pair_column" not in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps({"data": {"text_pair_column": None}}))
+    export(folder)
+    assert "built-in texts" in capsys.readouterr().err

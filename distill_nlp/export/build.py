@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from distill_nlp.config import ReportSection
-from distill_nlp.durable_files import sync_tree, write_json
+from distill_nlp.config import CONFIG_FILE, ReportSection
+from distill_nlp.durable_files import read_json, sync_tree, write_json
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.export.graph import write_graph
 from distill_nlp.export.parity import compare, problems, score
 from distill_nlp.export.quantize import calibration_batches, quantize
 from distill_nlp.export.settings import FP16, INT8, ExportSettings
 from distill_nlp.export.texts import Texts, built_in_texts, load_texts
-from distill_nlp.inference import predict_logits
+from distill_nlp.inference import encoded_rows, predict_logits
 from distill_nlp.labels import label_order
 from distill_nlp.lengths import longest_input
 from distill_nlp.loading import check_classifier, checkpoint_print, load_classifier, load_config, load_tokenizer
@@ -30,6 +30,8 @@ from distill_nlp.onnx_model import EXPORT_FILE, MODEL_FILE, OnnxClassifier, is_e
 from distill_nlp.output_folder import check_can_be_made
 from distill_nlp.report.build import machine
 from distill_nlp.report.speed import Run, measure_speed
+from distill_nlp.stages import STAGE_FILE
+from distill_nlp.tokenization import with_segments
 
 Say = Callable[[str], None]
 # Small, so that a comparison of few rows has batches of several sizes and lengths too.
@@ -117,21 +119,42 @@ def _load(settings: ExportSettings, say: Say) -> _Original:
     config = load_config(name)
     check_classifier(name, config)
     tokenizer, model = load_tokenizer(name, config=config), load_classifier(name)
+    of_run = _pair_column_of_run(name)
+    pairs = settings.text_pair_column is not None or of_run is not None
     if settings.data is None:
-        texts = built_in_texts()
-        say(f"no --data: compared on {len(texts.texts)} built-in texts, which have no labels")
+        texts = built_in_texts(pairs)
+        say(f"no --data: compared on {len(texts.texts)} {texts.source}, which have no labels")
     else:
-        columns = (settings.text_column, settings.label_column)
-        texts = load_texts(settings.data, settings.split, *columns, settings.max_rows, config)
+        if settings.text_pair_column is None and of_run is not None:
+            say(
+                f"the model was trained on pairs, and is compared on single texts; give --text_pair_column (in its run "
+                f"{of_run!r})"
+            )
+        texts = _texts(settings.data, settings.split, settings, settings.max_rows, config)
     length = longest_input(config, tokenizer)
-    rows = _encoded(tokenizer, texts.texts, length)
+    if pairs:
+        tokenizer = with_segments(tokenizer, model)
+    rows = encoded_rows(tokenizer, texts.texts, texts.pairs, length)
     logits = predict_logits(model, tokenizer, rows, _BATCH, "Answers of the original")
     return _Original(model, tokenizer, length, texts, rows, logits)
 
 
-def _encoded(tokenizer: Any, texts: list[str], length: int) -> list[dict[str, Any]]:
-    encoded = tokenizer(texts, truncation=True, max_length=length)
-    return [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
+def _texts(
+    data: str, split: str | None, settings: ExportSettings, rows: int, config: Any, labeled: bool = True
+) -> Texts:
+    columns = (settings.text_column, settings.label_column)
+    return load_texts(data, split, *columns, rows, config, labeled, settings.text_pair_column)
+
+
+def _pair_column_of_run(model: str) -> str | None:
+    """The column of second texts in the run that a model lies in; None where it has none, or there is no run."""
+    folder = Path(model).expanduser().absolute()
+    # A teacher lies in the run itself, students one level further down.
+    for run in folder.parents[:2]:
+        data = (read_json(run / CONFIG_FILE) or {}).get("data")
+        if isinstance(data, dict) and (run / folder.relative_to(run) / STAGE_FILE).is_file():
+            return data.get("text_pair_column")
+    return None
 
 
 def _write(work: Path, original: _Original, settings: ExportSettings, say: Say) -> dict[str, Any]:
@@ -182,9 +205,8 @@ def _quantize(work: Path, original: _Original, inputs: list[str], settings: Expo
     file, config = work / MODEL_FILE, original.model.config
     calibration = None
     if settings.calibrate is not None:
-        column = settings.text_column
-        found = load_texts(settings.calibrate, "train", column, "", _CALIBRATION_ROWS, config, labeled=False)
-        rows = _encoded(original.tokenizer, found.texts, original.max_length)
+        found = _texts(settings.calibrate, "train", settings, _CALIBRATION_ROWS, config, labeled=False)
+        rows = encoded_rows(original.tokenizer, found.texts, found.pairs, original.max_length)
         calibration = calibration_batches(original.tokenizer, rows, inputs)
     say("quantizing" if calibration is None else f"quantizing, calibrated on {len(rows)} rows of {found.source}")
     # Without VNNI, sums of 8-bit products overflow 16 bits, and 7 bits are nearer the truth.
@@ -213,7 +235,8 @@ def _teacher(name: str, original: _Original) -> tuple[Run, float | None]:
     """The teacher with the rows as it reads them, and its score where there are labels."""
     tokenizer = load_tokenizer(name)
     model = load_classifier(name)
-    rows = _encoded(tokenizer, original.texts.texts, longest_input(model.config, tokenizer))
+    texts = original.texts
+    rows = encoded_rows(tokenizer, texts.texts, texts.pairs, longest_input(model.config, tokenizer))
     run = Run(model, tokenizer, rows)
     if original.texts.labels is None:
         return run, None

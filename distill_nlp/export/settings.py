@@ -49,6 +49,7 @@ class ExportSettings:
         data: to compare on: a folder, file or Hub id, or `synthetic`; where not given, a few built-in texts.
         split: of `data`; where not given, `test`, or a file's only one.
         text_column, label_column: of `data` and `calibrate`; without a column of labels nothing is scored.
+        text_pair_column: second text of a pair, of both; without `data` built-in pairs are compared on.
         max_rows: of `data`, drawn at random.
         teacher: also timed and scored, in PyTorch.
         speed: whether to measure it.
@@ -67,6 +68,7 @@ class ExportSettings:
     data: str | None = None
     split: str | None = None
     text_column: str = "text"
+    text_pair_column: str | None = None
     label_column: str = "label"
     max_rows: int = 500
     teacher: str | None = None

@@ -55,18 +55,22 @@ class Texts:
     """Texts to compare on.
 
     Args:
-        texts: N of them; pairs are not taken.
+        texts: N of them.
         labels: (N,) class indices of the model, or (N, C) 0 and 1, or None.
         source: what they are, for the record.
+        pairs: the N second texts, or None where there are single ones.
     """
 
     texts: list[str]
     labels: np.ndarray | None
     source: str
+    pairs: list[str] | None = None
 
 
-def built_in_texts() -> Texts:
-    """Texts for the case that no data are given; none has a label."""
+def built_in_texts(pairs: bool = False) -> Texts:
+    """Texts for the case that no data are given, or pairs of them; none has a label."""
+    if pairs:
+        return Texts(list(_BUILT_IN), None, "built-in pairs", list(reversed(_BUILT_IN)))
     return Texts(list(_BUILT_IN), None, "built-in texts")
 
 
@@ -78,6 +82,7 @@ def load_texts(
     max_rows: int,
     config: Any,
     labeled: bool = True,
+    text_pair_column: str | None = None,
 ) -> Texts:
     """Rows of a split with their labels, as class indices of the model.
 
@@ -88,12 +93,15 @@ def load_texts(
         max_rows: drawn at random, always the same.
         config: of the model.
         labeled: whether labels are wanted.
+        text_pair_column: of the second texts, where the rows are pairs.
 
     Raises:
         UsageError: no such data, split or column, or labels that are not the model's.
     """
     split = split or ("train" if Path(data).expanduser().is_file() else "test")
-    section = DataSection(dataset=data, text_column=text_column, label_column=label_column)
+    section = DataSection(
+        dataset=data, text_column=text_column, text_pair_column=text_pair_column, label_column=label_column
+    )
     rows, has_labels = load_rows(section, split, labeled)
     if has_labels:
         try:
@@ -109,4 +117,5 @@ def load_texts(
         list(rows["text"]),
         np.asarray(rows["labels"]) if has_labels else None,
         f"{name}, {split}",
+        None if text_pair_column is None else list(rows["text_pair"]),
     )
