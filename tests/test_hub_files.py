@@ -13,7 +13,7 @@ from hub_server import TOKEN
 
 from distill_nlp.hub.card import CardFacts, fenced, markdown, model_card
 from distill_nlp.hub.files import student_files
-from distill_nlp.hub.private import Private, hub_name, is_local_path
+from distill_nlp.hub.private import Private, hub_name, is_local_path, masked
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,8 @@ def test_private_things_are_found_wherever_they_are_planted(monkeypatch, seed):
         path = OWN.search(content) or HOMES.search(content)
         wanted = "an access token" if TOKENS.search(content) else "a local path" if path else None
         assert private.found_in(content) == wanted, content
+        text = content.decode("latin-1")
+        assert masked(text) == TOKENS.sub(b"***", text.encode()).decode()
         seen.add(wanted)
     assert len(seen) == 3
 

@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 from distill_nlp.config import ReportSection
 from distill_nlp.metrics import compute_metrics, decisions, f1, multi_label_metrics
 from distill_nlp.report import ReportTeacher, build_report, render_markdown, statistics, write_report
-from distill_nlp.report.build import _compare
+from distill_nlp.report.build import compare_seeds
 from distill_nlp.report.render import summary_lines, table_rows, verdict
 from distill_nlp.report.scores import agreement, right_rows
 from distill_nlp.report.statistics import bootstrap_f1, bootstrap_means, mcnemar
@@ -110,7 +110,7 @@ def macro(wanted, logits):
 def test_models_are_compared_by_macro_f1_and_rows_by_exact_matches():
     wanted = some_labels(300)
     models = models_of(wanted)
-    found = _compare(models, wanted.astype(float), [0, 1], 500)
+    found = compare_seeds(models, wanted.astype(float), [0, 1], 500)
     scores = {name: macro(wanted, logits) for name, logits in models.items()}
     teacher = scores["teacher"]
     baseline, student = (np.mean([scores[f"{kind}/{seed}"] for seed in (0, 1)]) for kind in ("baseline", "student"))
@@ -138,7 +138,7 @@ def test_the_interval_of_macro_f1_knows_that_seeds_differ():
     wanted = some_labels(2000)
     models = models_of(wanted)
     models["student/0"], models["student/1"] = some_logits(wanted, 0.15, 4), some_logits(wanted, 0.45, 5)
-    difference = _compare(models, wanted.astype(float), [0, 1], 500)["difference"]
+    difference = compare_seeds(models, wanted.astype(float), [0, 1], 500)["difference"]
     assert difference["interval"][0] < difference["value"] - 0.05
     assert difference["interval"][1] > difference["value"] + 0.05
 

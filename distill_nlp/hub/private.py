@@ -32,18 +32,17 @@ def _patterns(*parts: tuple[bytes, bytes, bytes]) -> list[re.Pattern[bytes]]:
 
 # Of the Hub, GitHub and OpenAI: what is found in configs and environments.
 _TOKENS = _patterns(
-    *((rb"\w", text, rb"[A-Za-z0-9]{16}") for text in (b"hf_", b"api_org_")),
-    *((rb"\w", text, rb"[A-Za-z0-9_-]{20}") for text in (b"ghp_", b"github_pat_", b"sk-")),
+    *((rb"\w", text, rb"[A-Za-z0-9]{16,}") for text in (b"hf_", b"api_org_")),
+    *((rb"\w", text, rb"[A-Za-z0-9_-]{20,}") for text in (b"ghp_", b"github_pat_", b"sk-")),
 )
+_ANY_TOKEN = re.compile(b"|".join(pattern.pattern for pattern in _TOKENS))
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+MASK = "***"
 _NO_PART = rb"[\w.-]"
 _HOMES = [
     *_patterns(*((_NO_PART, text, rb"[\w.-]+/") for text in (b"/home/", b"/Users/"))),
     re.compile(rb":\\(?<=\b[A-Za-z]:\\)\\?Users\\{1,2}[\w.-]"),
 ]
-# The same, as long as they are: for texts, which are short.
-_WHOLE_TOKENS = re.compile(rb"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}|\b(?:ghp_|github_pat_|sk-)[A-Za-z0-9_-]{20,}")
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-MASK = "***"
 
 
 def masked(text: str) -> str:
@@ -58,7 +57,7 @@ def masked(text: str) -> str:
         if len(token := os.environ.get(name, "").strip()) >= 8:
             text = text.replace(token, MASK)
     text = _CREDENTIALS.sub(MASK, text)
-    return _WHOLE_TOKENS.sub(MASK.encode(), text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
+    return _ANY_TOKEN.sub(MASK.encode(), text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
 
 def secret_in(value: Any, name: str = "") -> str | None:
