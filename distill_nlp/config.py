@@ -253,15 +253,17 @@ class Experiment(Section):
             raise ValueError(
                 f"data.tokenizer is needed where the teacher has no checkpoint; `{TRAIN_TOKENIZER}` trains one"
             )
+        sections = {"training": self.training} | {f"phases.{i}.training": p.training for i, p in enumerate(self.phases)}
+        ratios = [f"{name}.unlabeled_ratio" for name, own in sections.items() if own.unlabeled_ratio is not None]
         pool = {
             "data.unlabeled_min_confidence": self.data.unlabeled_min_confidence is not None,
             "data.pseudo_labels": self.data.pseudo_labels,
-            "training.unlabeled_ratio": self.training.unlabeled_ratio is not None,
         }
-        if self.data.unlabeled is None and (given := [name for name, is_set in pool.items() if is_set]):
+        given = [name for name, is_set in pool.items() if is_set] + ratios
+        if self.data.unlabeled is None and given:
             raise ValueError(f"{', '.join(given)}: there are no unlabeled rows; set data.unlabeled")
-        if self.data.pseudo_labels and self.training.unlabeled_ratio is not None:
-            raise ValueError("data.pseudo_labels leave no row unlabeled for training.unlabeled_ratio; set one of them")
+        if self.data.pseudo_labels and ratios:
+            raise ValueError(f"data.pseudo_labels leave no row unlabeled for {', '.join(ratios)}; set one of them")
         recipe = self.student.from_teacher
         if recipe is not None and recipe.weights == "pretrained" and self.teacher.model is None:
             raise ValueError(
@@ -284,3 +286,7 @@ class Experiment(Section):
             losses = self.losses if phase.losses is None else phase.losses
             found.append(self.model_copy(update={"losses": losses, "training": training, "phases": []}))
         return found or [self]
+
+    def label_loss(self) -> LossSection | None:
+        """The baseline's loss: the student's cross-entropy, as its last phase that has one sets it."""
+        return next((e.losses["ce"] for e in reversed(self.student_trainings()) if "ce" in e.losses), None)

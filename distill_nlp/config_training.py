@@ -118,6 +118,7 @@ class TrainingSection(BaseModel):
             "save_strategy": "it follows eval_strategy",
             "save_steps": "it follows eval_steps",
             "load_best_model_at_end": "it follows eval_strategy",
+            "greater_is_better": "it follows metric_for_best_model",
             "label_smoothing_factor": "set `losses.ce.label_smoothing`",
             "projection_learning_rate": "set projection_learning_rate_factor, a multiple of learning_rate",
             "push_to_hub": "push the finished student, see the README",

@@ -75,7 +75,8 @@ def label_names(train: Any, config: DataSection) -> list[str]:
 def _names_from(values: set[Any], config: DataSection) -> list[str]:
     if all(isinstance(v, str) for v in values):
         _refuse_lists_in_text(values, config)
-        return sorted(values)
+        # "10" comes after "9": without names, a model's LABEL_10 is the eleventh.
+        return sorted(values, key=int) if all(v.isdecimal() for v in values) else sorted(values)
     if all(isinstance(v, int) and not isinstance(v, bool) for v in values) and min(values) >= 0:
         # Of a single one, that all rows are alike is said instead. No counting up to a label of a billion.
         if len(values) <= max(values) and (len(values) > 1 or max(values) > _MANY):

@@ -80,7 +80,8 @@ class Fingerprints:
 
     def baseline(self, seed: int) -> Fingerprint:
         pool = self.materials.splits.unlabeled
-        ce = self.experiment.losses["ce"].arguments() if "ce" in self.experiment.losses else {}
+        loss = self.experiment.label_loss()
+        ce = {} if loss is None else loss.arguments()
         # The pool sets the number of steps, unless that is given: with and without it there is then one baseline.
         training = self.experiment.training
         given = training.max_steps > 0 and training.eval_strategy != "epoch"

@@ -172,6 +172,10 @@ class DistillationModel(nn.Module):
     def _no_split_modules(self) -> Any:
         return getattr(self.student, "_no_split_modules", None)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Of the student, for noise in them (`neftune_noise_alpha`)."""
+        return self.student.get_input_embeddings()
+
     def num_parameters(self, **kwargs: Any) -> int:
         if isinstance(self.student, PreTrainedModel):
             return self.student.num_parameters(**kwargs)

@@ -74,10 +74,8 @@ class StudentStages:
     @property
     def _ce_arguments(self) -> dict[str, Any]:
         """Settings of the cross-entropy, which the baseline shares with the student; its weight means nothing there."""
-        for experiment, materials, _ in reversed(self._phases):
-            if "ce" in experiment.losses:
-                return materials.loss_arguments(experiment.losses["ce"])
-        return {}
+        loss = self.experiment.label_loss()
+        return {} if loss is None else self.materials.loss_arguments(loss)
 
     def baseline(self, seed: int) -> None:
         """The student's twin: the same initial weights, as many steps, the labels alone."""

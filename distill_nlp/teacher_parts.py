@@ -74,6 +74,11 @@ class TeacherPart:
         except ValueError as error:
             hint = f"set {self.where}.finetune: always to train a new head on it"
             raise UsageError(f"{self.where}.model {settings.model} does not fit the data: {error}; or {hint}") from None
+        if settings.overrides:
+            raise UsageError(
+                f"{self.where}.overrides: {settings.model} is fine-tuned already and used as it is; leave them out, or "
+                f"set {self.where}.finetune: always"
+            )
         return config
 
     def _check_task(self, config: Any) -> None:

@@ -80,9 +80,9 @@ def reference_softened(kind, student, teacher, temperature, multi_label=False, s
     pairs = rows_of(student, teacher)
     total = 0.0
     for (s, t), tau in zip(pairs, each_row(temperature, len(pairs)), strict=True):
-        both = zip(answers(s, tau, multi_label, standardize), answers(t, tau, multi_label, standardize), strict=True)
-        for p_s, p_t in both:
-            total += tau**2 * divergence_of(kind, p_s, p_t)
+        ours, wanted = answers(s, tau, multi_label, standardize), answers(t, tau, multi_label, standardize)
+        for p_s, p_t in zip(ours, wanted, strict=True):
+            total += tau**2 * divergence_of(kind, p_s, p_t) / len(ours)
     return total / len(pairs)
 
 

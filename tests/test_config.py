@@ -236,6 +236,27 @@ def test_a_ratio_does_not_reach_the_teacher_and_excludes_pseudo_labels(write):
         load_experiment(write(settings | {"data": pool | {"pseudo_labels": True}}))
 
 
+def test_a_ratio_of_a_phase_needs_unlabeled_rows_too(write):
+    phases = [{"training": {"max_steps": 2}}, {"training": {"unlabeled_ratio": 0.5}}]
+    with pytest.raises(UsageError, match=r"phases\.1\.training\.unlabeled_ratio: there are no unlabeled rows"):
+        load_experiment(write(MINIMAL | {"phases": phases}))
+    pool = {"dataset": "somewhere", "unlabeled": "pool"}
+    assert load_experiment(write(MINIMAL | {"phases": phases, "data": pool})).phases[1].training.unlabeled_ratio == 0.5
+    with pytest.raises(UsageError, match=r"no row unlabeled for phases\.1\.training\.unlabeled_ratio"):
+        load_experiment(write(MINIMAL | {"phases": phases, "data": pool | {"pseudo_labels": True}}))
+
+
+def test_the_baselines_loss_is_the_cross_entropy_of_the_last_phase_that_has_one(write):
+    phases = [
+        {"losses": {"ce": {"label_smoothing": 0.1}}},
+        {"losses": {"ce": {"label_smoothing": 0.2}, "kl": {}}},
+        {"losses": {"kl": {}}},
+    ]
+    experiment = load_experiment(write(MINIMAL | {"phases": phases}))
+    assert experiment.label_loss().arguments() == {"label_smoothing": 0.2}
+    assert load_experiment(write(MINIMAL | {"losses": {"kl": {}}})).label_loss() is None
+
+
 def test_members_of_an_ensemble_are_the_first_teacher_again_unless_they_name_a_model(write):
     teacher = {
         "model": "bert",

@@ -132,6 +132,17 @@ def test_labels_that_do_not_start_at_0_are_refused(tmp_path):
         load_splits(section(tmp_path, validation_split="validation"))
 
 
+def test_text_labels_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    """A finished teacher's LABEL_2 is the third class, not the one after "10"."""
+    labels = [str(i % 11) for i in range(44)]
+    for split in ("train", "test"):
+        rows = {"text": [f"{split} {i}" for i in range(44)], "label": labels}
+        pd.DataFrame(rows).to_parquet(tmp_path / f"{split}.parquet")
+    splits = load_splits(section(tmp_path, label_names=None))
+    assert splits.label_names == [str(i) for i in range(11)]
+    assert splits.test["labels"][:11] == list(range(11))
+
+
 def test_the_teachers_own_split_is_cleaned_of_held_out_rows(tmp_path):
     frame().to_csv(tmp_path / "train.csv", index=False)
     frame([(f"other {i}", label) for i, (_, label) in enumerate(ROWS)]).to_csv(tmp_path / "test.csv", index=False)

@@ -52,6 +52,17 @@ def test_a_phase_starts_from_what_the_one_before_it_left(experiment, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-7)
 
 
+def test_another_cross_entropy_in_a_phase_makes_the_baseline_anew(experiment, capsys):
+    def run(smoothing):
+        phases = [TWO[0], {"losses": {"ce": {"label_smoothing": smoothing}, "kl": {}}}]
+        assert main(["run", str(experiment(phases=phases)), "--stages", "teacher,baseline"]) == 0
+        return capsys.readouterr().err
+
+    run(0.0)
+    assert "baseline, seed 0     done already" in run(0.0)
+    assert "ce.label_smoothing: 0.0 → 0.2" in run(0.2)
+
+
 def test_a_change_of_the_second_phase_leaves_the_first_alone(experiment, capsys):
     assert main(["run", str(experiment(phases=TWO)), *STAGES]) == 0
     capsys.readouterr()

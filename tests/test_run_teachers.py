@@ -219,6 +219,13 @@ def test_a_tokenizer_that_is_not_the_students_is_refused(experiment, tmp_path, c
 # ---- labels ----
 
 
+def test_settings_of_a_finished_teachers_config_are_refused_as_it_is_used_as_it_is(experiment, tmp_path, capsys):
+    teacher = {"model": finished(tmp_path / "finished"), "overrides": {"attention_probs_dropout_prob": 0.0}}
+    assert main(["run", str(experiment(losses=KL, teacher=teacher, student=STUDENT))]) == 2
+    assert "teacher.overrides: " in (said := capsys.readouterr().err)
+    assert "is fine-tuned already and used as it is" in said
+
+
 def test_a_teacher_that_knows_more_labels_is_restricted_when_asked(experiment, tmp_path, capsys):
     more = finished(tmp_path / "more", labels=["other", "good", "bad"])
     assert main(["run", str(experiment(losses=KL, teacher={"model": more}))]) == 2

@@ -627,3 +627,12 @@ def test_the_seed_of_the_arguments_draws_the_projections(tmp_path):
 
     assert largest_difference(projections(1, noise=5), projections(1, noise=6)) == 0
     assert largest_difference(projections(1, noise=5), projections(2, noise=5)) > 0
+
+
+def test_noise_in_the_embeddings_is_the_students_and_only_in_training(make_trainer):
+    """`neftune_noise_alpha` asks the model for its embeddings."""
+    plain, noisy = (make_trainer(max_steps=1, neftune_noise_alpha=alpha) for alpha in (None, 5.0))
+    plain.train()
+    noisy.train()
+    assert largest_difference(parameters_of(plain.student), parameters_of(noisy.student)) > 0
+    assert not noisy.student.get_input_embeddings()._forward_hooks

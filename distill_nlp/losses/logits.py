@@ -50,8 +50,8 @@ class SoftenedLoss(ResponseLoss):
     """Base of the losses that compare probabilities softened by a temperature.
 
     A subclass gives `_divergence(log_p_s, log_p_t)` over the last dimension. The result is times T², which keeps the
-    gradient's size independent of T, and a mean over rows. Multi-label: the same for each class's pair (σ, 1 - σ),
-    summed over classes.
+    gradient's size independent of T, and a mean over rows. Multi-label: the same for each class's pair (σ, 1 - σ), a
+    mean over classes, as the binary cross-entropy of `CrossEntropyLoss` is: a weight means the same for both.
 
     Args:
         temperature: T > 0: a number, a schedule, or per row (see `Temperature`). At 1 the teacher's own
@@ -95,7 +95,7 @@ class SoftenedLoss(ResponseLoss):
         log_p_student = self._log_probabilities(student_logits / temperature)
         log_p_teacher = self._log_probabilities(teacher_logits / temperature)
         divergence = self._divergence(log_p_student, log_p_teacher)  # (B, 1) or (B, C)
-        return (divergence * temperature**2).sum(dim=-1).mean()
+        return (divergence * temperature**2).mean()
 
     def _log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """`(B, 1, C)` for one choice among C classes, `(B, C, 2)` for C choices between yes and no."""
