@@ -101,7 +101,7 @@ class FiniteCheck:
             self._hold(optimizer, norm)
 
     def _hold(self, optimizer: Any, norm: torch.Tensor) -> None:
-        inner = getattr(optimizer, "optimizer", optimizer)
+        inner, norm = getattr(optimizer, "optimizer", optimizer), _whole(norm)
         if getattr(inner, "_step_supports_amp_scaling", False):
             # As a loss scaler tells it: the step is left out on the device.
             inner.grad_scale, inner.found_inf = None, (~torch.isfinite(norm)).float()
@@ -143,7 +143,8 @@ class FiniteCheck:
         Raises:
             NonFiniteError: there was NaN or infinity, and the policy is to stop, or too many steps were skipped.
         """
-        batches, norms, self._batches, self._norms = self._batches, self._norms, [], []
+        batches, norms = self._batches, [(step, _whole(norm)) for step, norm in self._norms]
+        self._batches, self._norms = [], []
         numbers = [x for batch in batches for x in (batch.terms, batch.student, batch.teacher)]
         kept = [x.reshape(-1) for x in (*numbers, *(norm for _, norm in norms)) if x is not None]
         several = self._accelerator.num_processes > 1
@@ -231,6 +232,11 @@ def _found(batches: list[_Batch], norms: list[tuple[int, torch.Tensor]]) -> dict
             micros = [batch.micro for batch in batches if batch.step == step]
             found[step] = _Finding(f"the norm of the gradient is {_kind(value)}, although no loss is", micros)
     return found
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """Under FSDP2 a norm lies in parts over the ranks, which are put together only when it is looked at."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _places(sums: torch.Tensor | None) -> list[int]:

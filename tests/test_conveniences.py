@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -485,16 +486,22 @@ def test_an_interrupted_stage_ends_where_it_would_have_ended(tmp_path, scored, p
     assert largest_difference(weights_of(whole), weights_of(resumed)) == 0
 
 
-def test_the_end_is_not_taken_over_without_its_best_checkpoint(tmp_path, scored):
-    """The folder of the run was moved: its state names a checkpoint that is not there."""
+def test_the_end_is_taken_over_in_a_run_that_was_moved(tmp_path, scored):
+    """Its state names the best checkpoint where it lay before."""
     job = scored(make_job(tmp_path / "old", [InterruptAt(8)]))
     with pytest.raises(Interruption):
         job.run(lambda line: None)
     checkpoint = job.folder.last_checkpoint()
-    trainer = make_trainer(tmp_path / "trainer", losses=job.losses)
+    best_at_end = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    trainer = make_trainer(tmp_path / "trainer", losses=job.losses, **best_at_end)
     assert take_over_the_end(trainer, checkpoint)
+    best, weights = Path(trainer.state.best_model_checkpoint), parameters_of(trainer.student)
+    assert best.is_relative_to(tmp_path / "old")
     (tmp_path / "old").rename(tmp_path / "new")
-    assert not take_over_the_end(trainer, tmp_path / "new" / checkpoint.relative_to(tmp_path / "old"))
+    trainer = make_trainer(tmp_path / "trainer", losses=job.losses, **best_at_end)
+    assert take_over_the_end(trainer, tmp_path / "new" / checkpoint.relative_to(tmp_path / "old"))
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "new" / best.relative_to(tmp_path / "old"))
+    assert largest_difference(parameters_of(trainer.student), weights) == 0
 
 
 def test_the_callbacks_of_a_job_are_called(tmp_path):

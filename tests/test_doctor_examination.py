@@ -22,6 +22,7 @@ from distill_nlp.doctor.subject import Subject, stretched
 from distill_nlp.doctor.timing import check_run_time
 from distill_nlp.durable_files import write_json
 from distill_nlp.fingerprints import Fingerprints
+from distill_nlp.manifests import write_manifest
 from distill_nlp.materials import Materials
 from distill_nlp.pipeline import Pipeline
 from distill_nlp.stages import STAGE_FILE, StageFolder
@@ -197,6 +198,9 @@ def test_steps_after_a_checkpoint_of_the_same_settings_are_left(parts, tmp_path)
     folder.begin({"a": 1})
     assert subject.steps_left(folder.path, {"a": 1}, 100) == 100
     write_json(folder.checkpoints / "checkpoint-30" / "trainer_state.json", {})
+    # Without a manifest it may be half-written, by a run that is at work; it is left alone.
+    assert subject.steps_left(folder.path, {"a": 1}, 100) == 100
+    write_manifest(folder.checkpoints / "checkpoint-30")
     assert subject.steps_left(folder.path, {"a": 1}, 100) == 70
     assert subject.steps_left(folder.path, {"a": 2}, 100) == 100
     write_json(folder.path / STAGE_FILE, {"fingerprint": {"a": 1}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,12 @@ import torch
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "speed"
 sys.path.insert(0, str(FOLDER))
 import loops  # noqa: E402
-import run  # noqa: E402
 import workloads  # noqa: E402
+
+# Not as `run`, which is also the name of another benchmark's.
+_spec = importlib.util.spec_from_file_location("speed_run", FOLDER / "run.py")
+run = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(run)
 
 PAIR = workloads.Pair("tiny", torch.device("cpu"))
 OPTIONS = argparse.Namespace(rows=8, rounds=1, batches="4x64", longest=16, models="tiny")

@@ -25,6 +25,7 @@ from distill_nlp.lengths import most_positions
 from distill_nlp.loading import load_classifier
 from distill_nlp.losses import CrossEntropyLoss
 from distill_nlp.losses.base import MULTI_LABEL
+from distill_nlp.manifests import newest_intact
 from distill_nlp.materials import Materials
 from distill_nlp.modeling import DistillationModel
 from distill_nlp.objective import DistillationObjective
@@ -230,7 +231,8 @@ class Subject:
         attempt = read_json(folder.work / STAGE_FILE)
         if attempt is None or differences(attempt.get("fingerprint", {}), fingerprint):
             return steps
-        checkpoint = folder.last_checkpoint()
+        # Nothing is removed here: another process may be writing its next one.
+        checkpoint = newest_intact(folder.checkpoints, lambda line: None)
         return steps if checkpoint is None else max(steps - int(checkpoint.name.rpartition("-")[2]), 1)
 
 
