@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -398,3 +399,10 @@ def write_rows_of_several_labels(folder: Path, names: tuple[str, ...] | None = T
                 labels = found if names is None else [names[c] for c in found]
                 lines.write(json.dumps({"text": " ".join(words), "labels": labels}) + "\n")
     return folder
+
+
+def free_port() -> int:
+    """Of this machine, for processes that meet."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

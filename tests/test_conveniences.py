@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from helpers import (
     LABELS,
     checkpointing,
+    free_port,
     largest_difference,
     make_dataset,
     make_student,
@@ -204,12 +204,6 @@ def test_sharded_training_refuses_parts(tmp_path, settings, names):
     refuse_where_sharded(make_trainer(tmp_path).args, objective, measures=False)
     with pytest.raises(ValueError, match=f"^{names}: FSDP and DeepSpeed put parameters of their own"):
         refuse_where_sharded(make_trainer(tmp_path, **settings).args, objective, measures=False)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 # Rows 0 to 3 are one rank's first batch.
@@ -493,6 +487,7 @@ def test_the_end_is_taken_over_in_a_run_that_was_moved(tmp_path, scored):
         job.run(lambda line: None)
     checkpoint = job.folder.last_checkpoint()
     best_at_end = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    best_at_end["eval_dataset"] = make_dataset()
     trainer = make_trainer(tmp_path / "trainer", losses=job.losses, **best_at_end)
     assert take_over_the_end(trainer, checkpoint)
     best, weights = Path(trainer.state.best_model_checkpoint), parameters_of(trainer.student)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import sharded_run
 import torch
-from helpers import ALL_WEIGHTS, largest_difference, step_logs
+from helpers import ALL_WEIGHTS, free_port, largest_difference, step_logs
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -45,6 +45,7 @@ def sharded(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     ranks, options = LAUNCHES[request.param]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", str(ranks)]
+    command += ["--main_process_port", str(free_port())]
     run = subprocess.run(
         # The comparison is one of float32.
         [*command, "--mixed_precision", "no", str(TESTS / "sharded_run.py"), str(folder), str(ranks)],
