@@ -86,7 +86,7 @@ def run_export(known: argparse.Namespace) -> None:
 
 def _run_of(settings: ExportSettings) -> Path | None:
     """The run whose report looks for this export, if there is one."""
-    model = Path(settings.model).expanduser()
-    run, beside = model.parent.parent, settings.folder.parent == model.parent
-    looked_for = beside and model.parent.name == "student" and settings.folder.name.startswith(f"{model.name}-")
+    model, folder = Path(settings.model).expanduser(), settings.folder
+    run, beside = model.parent.parent, folder.resolve().parent == model.resolve().parent
+    looked_for = beside and model.parent.name == "student" and folder.name.startswith(f"{model.name}-")
     return run if looked_for and (run / "report.json").is_file() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import make_student, make_tokenizer
@@ -137,3 +138,26 @@ def test_an_export_that_is_not_of_this_student_or_torn_is_left_out(student, chan
 def test_a_run_without_exports_has_none(student):
     assert read_exports({3: student}) == []
     assert export_rows({}) == export_head({}) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "shown"),
+    [
+        ("run/student/seed-3", None, "run"),
+        ("run/student/seed-3", "run/student/seed-3-small", "run"),
+        ("run/student/seed-3", "elsewhere", None),  # where no report looks
+        ("run/baseline/seed-3", None, None),
+        ("other/student/seed-3", None, None),  # of no run
+    ],
+)
+def test_the_run_that_will_show_an_export_is_named_however_paths_are_given(tmp_path, monkeypatch, model, output, shown):
+    from distill_nlp.cli_export import _run_of
+    from distill_nlp.export import ExportSettings
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / model).mkdir(parents=True)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "report.json").write_text("{}")
+    for start in ("", f"{tmp_path}/"):
+        found = _run_of(ExportSettings(start + model, output=output))
+        assert found == (None if shown is None else Path(start + shown))
