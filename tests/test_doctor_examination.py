@@ -62,11 +62,14 @@ def parts(tmp_path):
                 "label_names": list(LABELS),
                 "max_length": 16,
             },
-            "teacher": {"model": str(backbone(tmp_path)), "overrides": {"attention_probs_dropout_prob": 0.0}},
+            "teacher": {"model": str(backbone(tmp_path))},
             "student": {"from_teacher": {"layers": 2}, "overrides": {"attention_dropout": 0.0}},
             "losses": {"ce": {"weight": 0.3}, "kl": {"weight": 0.7}, "hidden": {}, "attention": {"layers": "last"}},
             "training": {"per_device_train_batch_size": 8, "num_train_epochs": 2, "use_cpu": True},
         }
+        if "teacher__model" not in changes:
+            # A finished one is used as it is.
+            settings["teacher"]["overrides"] = {"attention_probs_dropout_prob": 0.0}
         for dotted, value in changes.items():
             *parents, last = dotted.split("__")
             inner = settings
