@@ -57,7 +57,7 @@ def test_the_layers_shown_are_those_that_are_mapped():
 @pytest.mark.parametrize(
     "page",
     [
-        *("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md"),
+        *("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md", "benchmarks/SPEED.md"),
         *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
     ],
 )
