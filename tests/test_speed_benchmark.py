@@ -113,3 +113,8 @@ def test_a_round_starts_with_another_variant_and_ratios_are_of_one_round():
     assert asked == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert found["b"]["range"] == [1.5, 1.5]
     assert found["b"]["seconds"] == 6.0
+
+
+def test_the_command_that_is_shown_holds_no_path_of_this_machine():
+    given = ["--parts", "steps", "--json", "/home/someone/speed.json", "--rows", "8", "--write", "--json=/home/x"]
+    assert run.shown_command(given) == "python benchmarks/speed/run.py --parts steps --rows 8"

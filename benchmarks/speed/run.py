@@ -64,7 +64,7 @@ def main() -> None:
         parser.error(f"--parts knows {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pair = Pair(options.models, device)
-    figures: dict[str, Any] = {"command": shown_command(), "machine": machine(device)}
+    figures: dict[str, Any] = {"command": shown_command(sys.argv[1:]), "machine": machine(device)}
     texts = [f"```\n{figures['command']}\n```", machine_line(figures["machine"])]
     for part in parts:
         for title, found in PART[part](pair, options):
@@ -204,9 +204,14 @@ def machine_line(found: dict[str, Any]) -> str:
     return f"{found['name']} ({found['device']}, {found['threads']} threads), torch {found['torch']}."
 
 
-def shown_command() -> str:
-    given = [argument for argument in sys.argv[1:] if argument != "--write"]
-    return " ".join(["python benchmarks/speed/run.py", *given])
+def shown_command(arguments: list[str]) -> str:
+    """What to type for the same figures, without where they go."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not (skip or argument in ("--write", "--json") or argument.startswith("--json=")):
+            kept.append(argument)
+        skip = argument == "--json"
+    return " ".join(["python benchmarks/speed/run.py", *kept])
 
 
 def write(text: str) -> None:
