@@ -10,8 +10,9 @@ models read. Needs Pillow: pip install 'distill-nlp[images]'.
 
 Models: a checkpoint of an image classifier (folder or Hub id), a config (a .json file; random weights), or lenet5 and
 lenet5-small, plain nn.Modules. Losses of the answers (ce, kl, dkd, dist, ...) work for every pair; rkd_distance,
-rkd_angle and similarity also on pooled states (representation: mean) of ResNet, ConvNeXt, ViT and DeiT; hidden and
-attention between ViTs, or between DeiTs, of the same patches. A run that was stopped goes on; what is finished stays.
+rkd_angle and similarity also on pooled states (representation: mean) of ResNet, ConvNeXt, ViT and DeiT; hidden between
+one stage of each of two ResNets or ConvNeXts (layers: last); hidden and attention between ViTs, or between DeiTs, of
+the same patches. A run that was stopped goes on; what is finished stays.
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ POOLED = (
     "{ce: {}, kl: {temperature: 4}, rkd_distance: {representation: mean}, rkd_angle: {representation: mean}, "
     "similarity: {layers: uniform, representation: mean}}"
 )
+STAGEWISE = f"{POOLED[:-1]}, hidden: {{layers: last}}}}"
 TOKENWISE = "{ce: {}, kl: {}, hidden: {}, attention: {}, rkd_distance: {representation: first}}"
 ANSWERS = "{ce: {}, kl: {}, rkd_distance: {representation: logits}, similarity: {representation: logits}}"
 
@@ -127,8 +128,8 @@ ANSWERS = "{ce: {}, kl: {}, rkd_distance: {representation: logits}, similarity: 
 @pytest.mark.parametrize(
     ("teacher", "student", "losses"),
     [
-        ("resnet", "resnet", POOLED),
-        ("convnext", "convnext", POOLED),
+        ("resnet", "resnet", STAGEWISE),
+        ("convnext", "convnext", STAGEWISE),
         ("vit", "vit", TOKENWISE),
         ("deit", "deit", TOKENWISE),
         ("lenet5", "lenet5-small", ANSWERS),
@@ -413,7 +414,7 @@ def test_without_a_split_every_row_needs_a_label(parquet, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("teacher", "student", "arguments", "message"),
     [
-        ("resnet", "resnet", ["--losses", "{hidden: {}}"], "has no hidden_size"),
+        ("resnet", "resnet", ["--losses", "{hidden: {}}"], "the stages of these models have several"),
         ("resnet", "resnet", ["--losses", "{attention: {}}"], "does not support an attention implementation"),
         ("lenet5", "lenet5-small", ["--losses", "{hidden: {}}"], "has no num_hidden_layers"),
         ("lenet5", "lenet5-small", ["--losses", "{similarity: {}}"], "has no num_hidden_layers"),

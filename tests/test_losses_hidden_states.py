@@ -16,10 +16,44 @@ from references_features import (
     states,
     with_gradient,
 )
+from transformers import BertConfig, ResNetConfig
 
 from distill_nlp.losses import HiddenStateLoss, ModelShape, PKDLoss
 
 KINDS = pytest.mark.parametrize("kind", ["mse", "cosine", "normalized", "pkd"])
+STAGES = [
+    ModelShape(num_labels=3, num_layers=2, stage_widths=(6, 8)),
+    ModelShape(num_labels=3, num_layers=4, stage_widths=(10, 12, 12, 16)),
+]
+
+
+@pytest.mark.parametrize(
+    ("layers", "widths"),
+    [("last", (8, 16)), ([[1, 2]], (6, 12)), ([[1, 2], [1, 3]], (6, 12)), ([[2, 1]], (8, 10))],
+)
+def test_stages_of_one_width_each_are_projected_from_the_one_to_the_other(layers, widths):
+    loss = HiddenStateLoss(layers=layers)
+    loss.bind(*STAGES)
+    assert loss.projections.widths == widths
+    assert {(p.in_features, p.out_features) for p in loss.projections} == {widths}
+
+
+@pytest.mark.parametrize("layers", ["uniform", [[1, 1], [2, 4]], [[0, 1]]])
+def test_stages_of_several_widths_at_once_are_refused(layers):
+    with pytest.raises(ValueError, match='projects between two widths, .* have several: map one pair .* "last"'):
+        HiddenStateLoss(layers=layers).bind(*STAGES)
+
+
+def test_the_widths_of_stages_are_read_from_the_config():
+    config = ResNetConfig(embedding_size=5, hidden_sizes=[6, 8], depths=[1, 2], num_labels=3)
+    shape = ModelShape.from_config(config)
+    assert (shape.num_layers, shape.hidden_size, shape.stage_widths) == (2, None, (6, 8))
+    assert [shape.width(layer) for layer in range(3)] == [None, 6, 8]
+    bert = ModelShape.from_config(BertConfig(hidden_size=32, num_attention_heads=4))
+    assert bert.stage_widths is None
+    assert bert.width(0) == bert.width(5) == 32
+
+
 TOKEN_KINDS = pytest.mark.parametrize("kind", ["mse", "cosine", "normalized"])
 ONES = torch.ones_like(MASK)
 # The first token of the second row is padding on the left, the third has padding on both sides.

@@ -30,6 +30,7 @@ class ModelShape:
             such thing.
         hidden_size: width of its hidden states, or None.
         num_attention_heads: or None.
+        stage_widths: widths of the states after each stage, where these differ; else None.
         num_labels: number of logits.
         problem_type: as in Transformers' configs.
     """
@@ -39,6 +40,13 @@ class ModelShape:
     num_layers: int | None = None
     hidden_size: int | None = None
     num_attention_heads: int | None = None
+    stage_widths: tuple[int, ...] | None = None
+
+    def width(self, layer: int) -> int | None:
+        """Of the states of a layer, 0 being the embeddings' output; None where the config does not say."""
+        if self.stage_widths is not None:
+            return self.stage_widths[layer - 1] if layer else None
+        return self.hidden_size
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
@@ -46,12 +54,15 @@ class ModelShape:
         problem_type = getattr(config, "problem_type", None)
         if problem_type is None:
             problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
+        depth, widths = depth_of(config), getattr(config, "hidden_sizes", None)
+        of_stages = getattr(config, "hidden_size", None) is None and widths is not None and len(widths) == depth
         return cls(
             num_labels=config.num_labels,
             problem_type=problem_type,
-            num_layers=depth_of(config),
+            num_layers=depth,
             hidden_size=getattr(config, "hidden_size", None),
             num_attention_heads=getattr(config, "num_attention_heads", None),
+            stage_widths=tuple(widths) if of_stages else None,
         )
 
 

@@ -56,15 +56,19 @@ class ProjectedLoss(DistillationLoss):
         super().bind(student, teacher)
         depths = self._needs_layers(student, teacher)
         for name, shape in (("student", student), ("teacher", teacher)):
-            if shape.hidden_size is None:
+            if shape.hidden_size is None and shape.stage_widths is None:
                 raise ValueError(
                     f"{type(self).__name__} projects hidden states, but the {name}'s config has no hidden_size; "
                     "use losses of the logits for this pair"
                 )
-        self.hidden_state_pairs = map_layers(self.layers, *depths, first_layer=0)
-        self.projections = Projections(
-            self.projection, len(self.hidden_state_pairs), student.hidden_size, teacher.hidden_size, self.rank
-        )
+        self.hidden_state_pairs = pairs = map_layers(self.layers, *depths, first_layer=0)
+        widths = list(dict.fromkeys((student.width(s), teacher.width(t)) for s, t in pairs))
+        if len(widths) > 1 or None in widths[0]:
+            raise ValueError(
+                f"{type(self).__name__} projects between two widths, and the stages of these models have several: "
+                'map one pair of them, e.g. layers "last"'
+            )
+        self.projections = Projections(self.projection, len(pairs), *widths[0], self.rank)
 
     def least_squares(self) -> LeastSquares | None:
         """The fit that its projections start with; None where they start at random, or where there are none."""
@@ -115,8 +119,8 @@ class HiddenStateLoss(ProjectedLoss):
         hidden states `(B, S, H_student)` and `(B, S, H_teacher)`; padding (attention_mask 0) counts nowhere.
 
     Raises:
-        ValueError: unknown setting; layers out of range; models without layers or width; "none" with different
-            widths; sequences of different lengths (the two models must see the same tokens).
+        ValueError: unknown setting; layers out of range; models without layers or width, or stages of several widths;
+            "none" with different widths; sequences of different lengths (the two models must see the same tokens).
 
     Example:
         >>> loss = HiddenStateLoss(layers=[[1, 2], [3, 6]], kind="cosine")
