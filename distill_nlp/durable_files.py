@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 _LEFTOVER_SECONDS = 3600.0
-_FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up"}
-_REFUSED = {
+_REFUSALS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file may not be so large here",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EROFS: "the disk can only be read",
@@ -122,13 +124,13 @@ def storage_problem(error: BaseException | None) -> str | None:
     """
     seen = 0
     while error is not None and seen < 10:
-        if isinstance(error, OSError) and error.errno in _FULL | _REFUSED:
-            return (_FULL | _REFUSED)[error.errno]
-        if isinstance(error, OSError) and error.errno == errno.EFBIG:
-            return "a file may not be so large here"
-        text = str(error)
-        for number, words in {**_FULL, **_REFUSED, errno.EFBIG: "a file may not be so large here"}.items():
-            if os.strerror(number) in text and not isinstance(error, OSError):
-                return words
+        if isinstance(error, OSError):
+            if error.errno in _REFUSALS:
+                return _REFUSALS[error.errno]
+        else:
+            text = str(error)
+            for number, words in _REFUSALS.items():
+                if os.strerror(number) in text:
+                    return words
         error, seen = error.__cause__ or error.__context__, seen + 1
     return None

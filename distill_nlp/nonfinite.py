@@ -84,7 +84,8 @@ class FiniteCheck:
         self, step: int, terms: dict[str, torch.Tensor], student: torch.Tensor, teacher: torch.Tensor | None
     ) -> None:
         """Takes in a micro-batch: its terms, and the logits (B, C) of both models."""
-        micro = sum(1 for batch in reversed(self._batches) if batch.step == step) if self._batches else 0
+        last = self._batches[-1] if self._batches else None
+        micro = last.micro + 1 if last is not None and last.step == step else 0
         values = torch.stack([value.detach().float() for value in terms.values()]) if terms else None
         sums = [None if logits is None else logits.detach().float().sum(dim=-1) for logits in (student, teacher)]
         self._batches.append(_Batch(step, micro, list(terms), values, *sums))

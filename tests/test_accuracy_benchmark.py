@@ -250,3 +250,36 @@ def test_the_interval_of_a_recipe_is_over_rows_and_seeds(bench, tmp_path):
     difference = np.mean(scores.of_seeds("recipe/student")) - np.mean(scores.of_seeds("base/baseline"))
     assert low < difference < high
     assert high - low > 0.2
+
+
+def test_tests_interval_and_table_take_the_chosen_baseline(bench, tmp_path):
+    """The short baseline is the better one on the test rows; it is not what the recipe is compared with."""
+    kinds = ["base/baseline", "base_long/baseline"]
+    for kind, value in zip(kinds, (0.1, 0.2), strict=True):
+        for seed in (0, 1):
+            folder = tmp_path / kind / f"seed-{seed}"
+            folder.mkdir(parents=True)
+            record = {"steps": 10, "seconds": 60.0, "validation": {"accuracy": value, "f1_macro": value}}
+            (folder / "stage.json").write_text(json.dumps(record))
+    for seed in (0, 1):
+        folder = tmp_path / "recipe" / "student" / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "stage.json").write_text(json.dumps({"steps": 30, "seconds": 60.0}))
+    scores = bench["scores"].SetScores("known", tmp_path, [0, 1], ["recipe"], kinds)
+    scores.labels = np.arange(60) % 2
+    shares = {"base/teacher": 1.0, "base/": 0.9, "base_long/": 0.5, "recipe/": 0.75}
+
+    def logits(model):
+        share = next(value for begin, value in shares.items() if model.startswith(begin))
+        right = np.arange(60) < 60 * share
+        return np.eye(2)[np.where(right, scores.labels, 1 - scores.labels)]
+
+    scores.logits = logits
+    low, high = scores.interval("recipe")
+    assert 0 < low < 0.25 < high
+    _, each = scores.against_baseline("recipe")
+    # 15 rows are the recipe's alone, none the baseline's.
+    assert each == [pytest.approx(2 * 0.5**15)] * 2
+    rows = {line.split("|")[1].strip(): line for line in bench["table"]._table(scores).splitlines() if "|" in line}
+    assert rows["baseline"].startswith("| baseline | 0.5000 ± 0.0000 |")
+    assert "| 50% |" in rows["recipe"]
