@@ -1,8 +1,8 @@
 """What a Trainer's checkpoint lacks to go on exactly: the generator as the epoch began, and the open log window.
 
-An order of rows that is drawn from PyTorch's own generator, as that of the Trainer's `group_by_length` over data that are
-no `datasets.Dataset`, is drawn anew when a training goes on in the middle of an epoch. And losses since the last log entry
-would be missing from the next one.
+An order of rows that is drawn from PyTorch's own generator, as that of the Trainer's `group_by_length` over data that
+are no `datasets.Dataset`, is drawn anew when a training goes on in the middle of an epoch. And losses since the last
+log entry would be missing from the next one.
 """
 
 from __future__ import annotations

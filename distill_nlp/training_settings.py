@@ -26,6 +26,8 @@ _COSMETIC = {
     "max_nonfinite_steps",
     "on_nonfinite",
     "per_device_eval_batch_size",
+    # What comes of it stands in bf16 and fp16.
+    "precision",
     "report_to",
     "run_name",
     "save_total_limit",
@@ -60,6 +62,7 @@ def training_arguments(
         ValueError: settings that contradict each other, or that this machine cannot serve.
     """
     values = section.model_dump() | {"metric_for_best_model": section.best_metric(problem_type)}
+    del values["precision"]
     if values.pop("gradient_checkpointing"):
         # The argument is being renamed; a deprecation warning per stage helps nobody.
         known = DistillationArguments.__dataclass_fields__

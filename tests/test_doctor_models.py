@@ -23,7 +23,6 @@ from distill_nlp.doctor.settings import (
     check_learning_rate,
     check_output_folder,
     check_precision,
-    computes_bf16,
 )
 from distill_nlp.losses import DISTLoss, LogitsMSELoss, ModelShape, PKDLoss
 from distill_nlp.objective import DistillationObjective
@@ -190,11 +189,6 @@ def test_a_precision_that_the_device_lacks_is_a_warning(precision, device, suppo
     else:
         assert f"--training.{precision} false" in found.fix
     assert ("--training.fp16 true" in found.fix) is (device == "cuda" and level == "warning")
-
-
-def test_whether_a_device_has_bfloat16_can_be_told():
-    assert computes_bf16("cpu") in (True, False)
-    assert computes_bf16("mps") is True
 
 
 def test_a_folder_that_is_not_there_yet_can_be_written(tmp_path):

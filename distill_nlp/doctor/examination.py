@@ -25,6 +25,7 @@ from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_order
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 from distill_nlp.materials import Materials
+from distill_nlp.precision import computes_bf16
 from distill_nlp.student import label_arguments
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.training_settings import mixed_precision
@@ -156,7 +157,7 @@ def _check_settings(found: _Findings, subject: Subject) -> None:
         setting = "teacher.training.learning_rate"
         found.add("learning rate", lambda: settings.check_learning_rate(teacher.learning_rate, setting))
     precision = mixed_precision(experiment.training)
-    found.add("precision", lambda: settings.check_precision(precision, device, settings.computes_bf16(device)))
+    found.add("precision", lambda: settings.check_precision(precision, device, computes_bf16(device)))
 
 
 def _check_rows(found: _Findings, subject: Subject) -> None:

@@ -50,18 +50,6 @@ def check_precision(mixed_precision: str, device: str, bf16_supported: bool) -> 
     return Finding("ok", "precision", f"{'float32' if mixed_precision == 'no' else mixed_precision} on {device}")
 
 
-def computes_bf16(device: str) -> bool:
-    """Whether the device has bfloat16 arithmetic, as far as PyTorch tells."""
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        # Without instructions for it, oneDNN has no bfloat16 kernels and PyTorch converts back and forth.
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
-    return True
-
-
 def check_output_folder(folder: Path) -> Finding:
     """Whether the run's folder can be written, and how much room there is. Nothing is written to find out."""
     from shutil import disk_usage

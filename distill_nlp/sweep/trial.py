@@ -119,8 +119,10 @@ def prepare_base(plan: SweepPlan, study: SweepStudy, settings: dict[str, Any], s
     """
     pipeline = Pipeline(plan.experiment(settings, plan.root / BASE), quiet(say))
     pipeline.students.check()
-    home = TeacherHome(pipeline.root, settings, pipeline.prints.teachers)
     with study.lock(BASE, waits=lambda: say("waiting for another process, which trains the teacher")):
+        # Here, so that the first worker decides for all; its trials train as it does.
+        pipeline.settle_precision()
+        home = TeacherHome(pipeline.root, settings, pipeline.prints.teachers)
         pipeline.run(("teacher",), doctor=False)
         if any(view.live_because is None for view in pipeline.students.views):
             pipeline.fill_cache()
@@ -174,19 +176,25 @@ def _pipeline(
 ) -> tuple[Pipeline, Path]:
     """The trial's pipeline with the teacher in place, and the folder that the teacher lies in."""
     folder, home = trial_folder(plan, claim.number), base.root
-    pipeline = Pipeline(plan.experiment(claim.settings, folder, home / CACHE), log)
+    pipeline = _trial_pipeline(plan, claim, folder, home / CACHE, log)
     fingerprint = pipeline.prints.teachers
     if fingerprint != base.fingerprint:
         digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8]
         home = plan.root / "teachers" / digest
         say(f"trial {claim.number}: its settings change the teacher; it has one of its own, in {home}")
         with study.lock(f"teacher-{digest}"):
-            Pipeline(plan.experiment(claim.settings, home), log).run(("teacher",), doctor=False)
-        pipeline = Pipeline(plan.experiment(claim.settings, folder, home / CACHE), log)
+            _trial_pipeline(plan, claim, home, None, log).run(("teacher",), doctor=False)
+        pipeline = _trial_pipeline(plan, claim, folder, home / CACHE, log)
     for part in pipeline.materials.teachers:
         if part.finished is None:
             _link(home / part.name, folder / part.name)
     return pipeline, home
+
+
+def _trial_pipeline(plan: SweepPlan, claim: Claim, folder: Path, cache: Path | None, log: Say) -> Pipeline:
+    pipeline = Pipeline(plan.experiment(claim.settings, folder, cache), log)
+    pipeline.settle_precision(as_in=plan.root / BASE)
+    return pipeline
 
 
 def _link(source: Path, target: Path) -> None:

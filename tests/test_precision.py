@@ -1,0 +1,245 @@
+"""The precision that a run takes where its settings name none."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import make_student
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from distill_nlp import pipeline as pipeline_module
+from distill_nlp import precision
+from distill_nlp.config_file import load_experiment
+from distill_nlp.errors import UsageError
+from distill_nlp.pipeline import Pipeline
+from distill_nlp.training_settings import mixed_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def prefers(monkeypatch):
+    """`prefers(bf16)`: what a measurement will find; a list grows by one at each."""
+    asked: list[int] = []
+
+    def set_to(bf16: bool) -> list[int]:
+        def found(make, rows, tokens, device):
+            asked.append(tokens)
+            return bf16, "bf16: it was measured"
+
+        monkeypatch.setattr(pipeline_module, "prefers_bf16", found)
+        return asked
+
+    return set_to
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(("named", "expected"), [("fp32", "no"), ("bf16", "bf16"), ("fp16", "fp16")])
+def test_a_named_precision_is_the_trainers_two_arguments_and_reaches_the_teacher(experiment, named, expected):
+    made = load_experiment(experiment(training__precision=named))
+    assert not precision.is_open(made)
+    assert mixed_precision(made.training) == mixed_precision(made.teacher_training()) == expected
+
+
+def test_the_teacher_and_a_phase_may_have_their_own(experiment):
+    path = experiment(
+        training__bf16=True,
+        teacher__training={"max_steps": 4, "precision": "fp32"},
+        phases=[{"training": {"precision": "fp16"}}, {}],
+    )
+    made = load_experiment(path)
+    assert mixed_precision(made.teacher_training()) == "no"
+    assert [mixed_precision(phase.training) for phase in made.student_trainings()] == ["fp16", "bf16"]
+
+
+@pytest.mark.parametrize("other", ["bf16", "fp16"])
+@pytest.mark.parametrize("named", ["auto", "fp32", "bf16"])
+def test_two_ways_to_say_it_at_once_are_refused(experiment, named, other):
+    path = experiment(training__precision=named, **{f"training__{other}": True})
+    with pytest.raises(UsageError, match=f"training.precision: stands beside {other}: leave one of them out"):
+        load_experiment(path)
+
+
+def test_an_unknown_precision_is_refused_with_those_there_are(experiment):
+    with pytest.raises(UsageError, match="training.precision.*'auto', 'fp32', 'bf16' or 'fp16'"):
+        load_experiment(experiment(training__precision="int8"))
+
+
+@pytest.mark.parametrize(("launcher", "is_open"), [(None, True), ("no", True), ("bf16", False), ("fp16", False)])
+def test_a_launcher_that_names_one_decides(experiment, monkeypatch, launcher, is_open):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    assert precision.is_open(load_experiment(experiment())) is is_open
+    assert precision.is_open(load_experiment(experiment(training__precision="auto"))) is is_open
+    assert not precision.is_open(load_experiment(experiment(training__bf16=False)))
+
+
+def test_what_is_settled_reaches_all_that_name_nothing(experiment):
+    phases = [{"training": {"fp16": True}}, {"training": {"bf16": False}}, {}]
+    made = load_experiment(experiment(phases=phases))
+    precision.settle(made, True)
+    assert not precision.is_open(made)
+    assert mixed_precision(made.teacher_training()) == "bf16"
+    found = [phase.training for phase in made.student_trainings()]
+    assert [(section.bf16, section.fp16) for section in found] == [(False, True), (False, False), (True, False)]
+
+
+# ---- the measurement ----
+
+
+def larger_student() -> nn.Module:
+    config = BertConfig(vocab_size=50, hidden_size=128, num_hidden_layers=6, num_attention_heads=2)
+    config.intermediate_size, config.max_position_embeddings = 512, 32
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(("ratio", "chosen"), [(0.5, True), (0.89, True), (0.9, False), (1.4, False)])
+def test_bf16_is_taken_where_a_step_is_clearly_quicker(monkeypatch, ratio, chosen):
+    monkeypatch.setattr(precision, "computes_bf16", lambda device: True)
+    monkeypatch.setattr(precision, "bf16_ratio", lambda model, rows, tokens, seconds: (ratio, 4))
+    found, line = precision.prefers_bf16(larger_student, 16, 20, CPU)
+    assert found is chosen
+    name = "bf16" if chosen else "fp32"
+    assert line == f"{name}: a step in bf16 takes {ratio:.2f} of its time in fp32 on this cpu (4 rows of 20 tokens)"
+
+
+def test_nothing_is_measured_where_nothing_is_to_gain(monkeypatch):
+    monkeypatch.setattr(precision, "bf16_ratio", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr(precision, "computes_bf16", lambda device: True)
+    assert precision.prefers_bf16(make_student, 16, 20, CPU) == (False, None)
+    assert precision.prefers_bf16(lambda: pytest.fail("built"), 16, 20, torch.device("mps")) == (False, None)
+    monkeypatch.setattr(precision, "computes_bf16", lambda device: False)
+    assert precision.prefers_bf16(lambda: pytest.fail("built"), 16, 20, CPU) == (False, None)
+
+
+def test_embeddings_do_not_make_a_student_large(monkeypatch):
+    monkeypatch.setattr(precision, "computes_bf16", lambda device: True)
+    monkeypatch.setattr(precision, "bf16_ratio", lambda *arguments: pytest.fail("measured"))
+    student = make_student()
+    student.resize_token_embeddings(100_000)
+    assert sum(p.numel() for p in student.parameters()) > 1_000_000
+    assert precision.prefers_bf16(lambda: student, 16, 20, CPU) == (False, None)
+
+
+class _Slow(nn.Module):
+    """Takes so long for each row in each precision, on a clock of its own."""
+
+    def __init__(self, fp32: float, bf16: float) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=7)
+        self.weight = nn.Parameter(torch.ones(1))
+        self.seconds = {False: fp32, True: bf16}
+        self.rows: list[int] = []
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def forward(self, input_ids, attention_mask):
+        self.rows.append(len(input_ids))
+        self.now += self.seconds[torch.is_autocast_enabled("cpu")] * len(input_ids)
+        return SimpleNamespace(logits=self.weight * input_ids.float())
+
+
+@pytest.mark.parametrize(("rows", "measured"), [(3, 3), (1000, 49)])
+def test_the_ratio_is_that_of_bf16_to_fp32_on_a_part_of_a_batch_that_takes_long(monkeypatch, rows, measured):
+    model = _Slow(fp32=0.00204, bf16=0.00612)
+    monkeypatch.setattr(precision, "time", model)
+    assert precision.bf16_ratio(model, rows, tokens=5, seconds=1.0) == (pytest.approx(3), measured)
+    assert max(model.rows) == measured
+    # It goes on for the seconds that it was given, three turns at least.
+    assert 1.0 < model.now < 3.0
+    short = _Slow(fp32=1.0, bf16=1.0)
+    monkeypatch.setattr(precision, "time", short)
+    assert precision.bf16_ratio(short, rows, tokens=5, seconds=0.0) == (1.0, 1)
+    # Two to warm up, two to choose the rows, two to warm up with them, and three turns.
+    assert len(short.rows) == 2 + 2 + 2 + 6
+
+
+def test_a_real_model_is_measured_and_nothing_stays_of_it():
+    model = make_student()
+    state = torch.random.get_rng_state()
+    ratio, rows = precision.bf16_ratio(model, rows=2, tokens=6, seconds=0)
+    assert 0 < ratio < 1000
+    assert rows in (1, 2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_whether_a_device_has_bfloat16_can_be_told():
+    assert precision.computes_bf16("cpu") in (True, False)
+    assert precision.computes_bf16("mps") is True
+
+
+# ---- runs ----
+
+STAGES = ("teacher", "baseline/seed-0", "student/seed-0")
+
+
+def precisions(folder) -> list[bool]:
+    records = [json.loads((folder / stage / "stage.json").read_text()) for stage in STAGES]
+    return [record["fingerprint"]["training"]["bf16"] for record in records]
+
+
+def test_a_run_measures_once_and_goes_on_as_it_began(experiment, tmp_path, prefers, no_doctor):
+    asked, said = prefers(True), []
+    path = experiment(losses={"kl": {}})
+    whole = load_experiment(path)
+    Pipeline(whole, said.append).run()
+    assert precision.is_open(whole)
+    assert precisions(tmp_path / "run") == [True] * 3
+    assert len(asked) == 1
+    assert 2 < asked[0] <= 16
+    assert "precision            bf16: it was measured" in said
+    prefers(False)
+    again: list[str] = []
+    Pipeline(load_experiment(path), again.append).run()
+    assert len(asked) == 1
+    assert sum("done already" in line for line in again) == len((*STAGES, "report"))
+    Pipeline(load_experiment(path)).report()
+    kept = load_experiment(tmp_path / "run" / "config.json")
+    assert kept.training.bf16
+    assert not precision.is_open(kept)
+
+
+def test_a_run_that_began_before_there_was_a_choice_stays_in_fp32(experiment, tmp_path, prefers, no_doctor):
+    asked = prefers(True)
+    path = experiment(losses={"kl": {}})
+    Pipeline(load_experiment(experiment(losses={"kl": {}}, training__precision="fp32"))).run(("teacher",))
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    del settings["training"]["bf16"], settings["training"]["fp16"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    said: list[str] = []
+    Pipeline(load_experiment(path), said.append).run(("teacher",))
+    assert any("done already" in line for line in said)
+    assert not asked
+
+
+def test_a_dry_run_measures_too_and_keeps_nothing(experiment, tmp_path, prefers):
+    asked = prefers(True)
+    pipeline = Pipeline(load_experiment(experiment(losses={"kl": {}})))
+    pipeline.rehearse()
+    assert len(asked) == 1
+    assert pipeline.materials.mixed_precision == "bf16"
+    assert not (tmp_path / "run" / "config.json").exists()
+    prefers(False)
+    other = Pipeline(load_experiment(experiment(losses={"kl": {}})))
+    other.rehearse()
+    assert other.materials.mixed_precision == "no"
+
+
+def test_the_trials_of_a_sweep_train_as_its_teacher_did(experiment, tmp_path, prefers):
+    asked = prefers(True)
+    Pipeline(load_experiment(experiment(output_dir=str(tmp_path / "base")))).run(("teacher",), doctor=False)
+    prefers(False)
+    trial = Pipeline(load_experiment(experiment(output_dir=str(tmp_path / "trial"))))
+    trial.settle_precision(as_in=tmp_path / "base")
+    assert mixed_precision(trial.experiment.training) == "bf16"
+    assert len(asked) == 1
