@@ -131,7 +131,7 @@ class DistillationModel(nn.Module):
             loss = None if labels is None else self._task_loss(Features(logits), None, labels, None)
             return DistillationOutput(loss=loss, logits=logits)
 
-        if teacher is None and self.objective.needs_teacher:
+        if teacher is None and self.objective.needs_teacher_now:
             raise ValueError("in training the objective needs teacher=Features(...); call .eval() to predict")
         # Without labels the student does not compute a loss of its own, which nobody would read.
         features = self.features(inputs)

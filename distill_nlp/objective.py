@@ -68,6 +68,11 @@ class DistillationObjective(nn.Module):
         return any(loss.needs_teacher for loss in self.losses.values())
 
     @property
+    def needs_teacher_now(self) -> bool:
+        """Whether a loss whose weight is above zero now needs it."""
+        return any(self.losses[name].needs_teacher for name in self.active)
+
+    @property
     def active(self) -> list[str]:
         """The losses whose weight is above zero now."""
         return [name for name, weight in self.weights.items() if weight > 0]

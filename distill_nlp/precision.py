@@ -18,7 +18,7 @@ from distill_nlp.durable_files import read_json
 _WORTH = 0.9
 # Smaller students than that, embeddings not counted, are quick in any precision, and their steps hard to time.
 _LEAST_PARAMETERS = 1_000_000
-_SECONDS_PER_PASS = 0.1
+_SECONDS_PER_PASS = 0.25
 
 
 def computes_bf16(device: str) -> bool:

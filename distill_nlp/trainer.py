@@ -181,7 +181,7 @@ class DistillationTrainer(ResumableTrainer):
             return (outputs.loss, outputs) if return_outputs else outputs.loss
 
         teacher_features = None
-        if self.teacher is not None:
+        if self.teacher is not None and self.objective.needs_teacher_now:
             with self.accelerator.autocast():
                 teacher_features = self.teacher(asked)
         shares: Shares | None = None

@@ -148,14 +148,14 @@ class _Slow(nn.Module):
         return SimpleNamespace(logits=self.weight * input_ids.float())
 
 
-@pytest.mark.parametrize(("rows", "measured"), [(3, 3), (1000, 49)])
+@pytest.mark.parametrize(("rows", "measured"), [(3, 3), (1000, 122)])
 def test_the_ratio_is_that_of_bf16_to_fp32_on_a_part_of_a_batch_that_takes_long(monkeypatch, rows, measured):
     model = _Slow(fp32=0.00204, bf16=0.00612)
     monkeypatch.setattr(precision, "time", model)
     assert precision.bf16_ratio(model, rows, tokens=5, seconds=1.0) == (pytest.approx(3), measured)
     assert max(model.rows) == measured
     # It goes on for the seconds that it was given, three turns at least.
-    assert 1.0 < model.now < 3.0
+    assert 1.0 < model.now < 5.0
     short = _Slow(fp32=1.0, bf16=1.0)
     monkeypatch.setattr(precision, "time", short)
     assert precision.bf16_ratio(short, rows, tokens=5, seconds=0.0) == (1.0, 1)

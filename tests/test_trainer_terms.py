@@ -46,6 +46,21 @@ def test_a_loss_for_the_first_part_only_is_not_computed_nor_logged_afterwards(ma
     assert [entry["weight_hidden"] for entry in step_logs(trainer)] == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_the_teacher_does_not_run_while_no_loss_needs_it(make_trainer):
+    """Half of the training on labels alone, then the teacher comes in; the hidden states never leave their weight 0."""
+    teacher, asked = make_teacher(), []
+    teacher.register_forward_hook(lambda *arguments: asked.append(trainer.state.global_step))
+    losses = {"ce": CrossEntropyLoss(), "kl": KLDivergenceLoss(), "hidden": HiddenStateLoss()}
+    weights = {"ce": 1.0, "kl": {"schedule": "range", "value": 1.0, "begin": 0.5}, "hidden": 0.0}
+    trainer = make_trainer("run", teacher=teacher, losses=losses, loss_weights=weights, max_steps=8)
+    trainer.train()
+    steps = step_logs(trainer)
+    with_kl = [i for i, entry in enumerate(steps) if "loss_kl" in entry]
+    assert 3 <= len(with_kl) <= 5
+    assert with_kl[-1] == 7
+    assert sorted(set(asked)) == with_kl
+
+
 def test_the_total_follows_the_schedule(make_trainer):
     weights = ALL_WEIGHTS | {"hidden": {"schedule": "exponential", "start": 4.0, "end": 0.25}}
     trainer = make_trainer(loss_weights=weights, max_steps=4)
