@@ -106,6 +106,8 @@ class DistillationTrainer(ResumableTrainer):
         self.teacher = bind_teacher(teacher, student_config, objective) if objective.needs_teacher else None
         if self.teacher is not None and self.teacher.tokenizers and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DistillationCollator(kwargs.get("processing_class"), self.teacher.tokenizers)
+        if isinstance(self.teacher, CachedTeacher):
+            kwargs["train_dataset"] = self.teacher.quick_to_read(kwargs.get("train_dataset"))
         if student_config is not None:
             check_data_labels(kwargs.get("train_dataset"), student_config)
         super().__init__(model=wrapped, args=args, **kwargs)

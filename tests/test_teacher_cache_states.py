@@ -574,3 +574,17 @@ def test_a_model_without_named_layers_keeps_its_logits_and_its_error_on_states_s
     assert len(rows["teacher_logits"]) == 16
     with pytest.raises(ValueError, match="Shallow returned 0 hidden states"):
         cached(tmp_path, Shallow(), states=[(1, "first")])
+
+
+@pytest.mark.parametrize("kind", [None, "torch", "numpy"])
+def test_the_trainer_reads_states_as_arrays_and_leaves_the_given_rows_alone(make_trainer, tmp_path, kind):
+    rows = cached(tmp_path, states=[(4, "first")])[0].with_format(kind)
+    losses = {"kl": KLDivergenceLoss(), "pkd": PKDLoss(layers=[(2, 4)])}
+    trainer = make_trainer(teacher=CachedTeacher(make_teacher().config), losses=losses, data=rows)
+    column = pooled_column(4, "first")
+    wanted = {None: np.ndarray, "torch": torch.Tensor, "numpy": np.ndarray}[kind]
+    assert isinstance(trainer.train_dataset[0][column], wanted)
+    if kind is None:
+        assert isinstance(rows[0][column], list)
+        assert trainer.train_dataset[0]["input_ids"] == rows[0]["input_ids"]
+    np.testing.assert_array_equal(np.asarray(trainer.train_dataset[0][column]), np.asarray(rows[0][column]))
