@@ -39,6 +39,12 @@ class StudentSection(Section):
     config: dict[str, Any] | None = Field(None, description="{model_type: distilbert, dim: 64, ...}, from scratch")
     from_teacher: FromTeacher | None = Field(None, description="copies of the teacher's layers")
     overrides: dict[str, Any] = Field({}, description="settings of the student's config to change")
+    attention_dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="of its attention, under whatever name its config has for it; 0 is quicker on a CPU",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentSection:

@@ -178,10 +178,6 @@ class Materials:
             dataset = tokenize(dataset, part.tokenizer, part.max_length, types, prefix=prefix, keep_texts=True)
         return tokenize(dataset, self.tokenizer, self.experiment.data.max_length, types)
 
-    @cached_property
-    def validation(self) -> Any:
-        return self.tokens(self.splits.validation)
-
     # ---- the models before training ----
 
     def new_teacher(self, teacher: TeacherPart) -> PreTrainedModel:
@@ -211,10 +207,11 @@ class Materials:
             return build_student(
                 self.label_names,
                 model=settings.model,
-                config=settings.config and self._sized(settings.config),
+                config=settings.config and {**self._sizes, **settings.config},
                 from_teacher=recipe,
                 teacher=teacher,
                 overrides=settings.overrides,
+                attention_dropout=settings.attention_dropout,
                 revision=settings.revision,
                 problem_type=self.splits.problem_type,
                 **({} if say is None else {"say": say}),
@@ -311,10 +308,7 @@ class Materials:
             return f"logits are not cached under {self.mixed_precision}"
         return None
 
-    def _sized(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A config from scratch, over this tokenizer's vocabulary."""
-        return {**self._sizes, **config}
-
     @property
     def _sizes(self) -> dict[str, Any]:
+        """Of a model from scratch, over this tokenizer's vocabulary."""
         return {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id}

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from distill_nlp.checkpoint_checks import check_sizes
 from distill_nlp.data_files import first_line
-from distill_nlp.loading import check_settings, load_classifier
+from distill_nlp.loading import check_settings, load_classifier, load_config
 from distill_nlp.losses.base import ProblemType
 from distill_nlp.student_layers import student_from_teacher
 
@@ -51,6 +51,7 @@ def build_student(
     overrides: dict[str, Any] | None = None,
     revision: str | None = None,
     problem_type: ProblemType | None = None,
+    attention_dropout: float | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> PreTrainedModel:
     """Builds a student with a head for these classes, in float32; what is drawn at random follows `torch.manual_seed`.
@@ -64,6 +65,8 @@ def build_student(
         overrides: settings of the student's config to change, e.g. `{"attention_dropout": 0.0}`.
         revision: of `model` on the Hub.
         problem_type: for the student's config; not given, it is left as it is.
+        attention_dropout: for the student's config, under the name that it has there (see
+            `attention_dropout_name`); not given, it is left as it is.
         say: gets one line of what was made.
 
     Raises:
@@ -79,13 +82,58 @@ def build_student(
     if from_teacher is not None:
         if teacher is None:
             raise ValueError("from_teacher needs the teacher's model")
+        same = from_teacher.get("architecture") == "same"
+        settings |= _dropout(
+            teacher.config if same else AutoConfig.for_model("distilbert"), attention_dropout, settings
+        )
         return student_from_teacher(teacher, settings, **from_teacher, say=say)
     if model is not None:
+        if attention_dropout is not None:
+            settings |= _dropout(load_config(model, revision), attention_dropout, settings)
         student, source = load_classifier(model, revision, **settings), f"from {model}"
     else:
+        given = {**(config or {}), **settings}
+        settings |= _dropout(_known_config(given.get("model_type")), attention_dropout, given)
         student, source = model_from_config(config or {}, settings), "from scratch"
     say(f"student: {student.config.model_type} {source}")
     return student
+
+
+def attention_dropout_name(config: Any) -> str | None:
+    """What a model's config calls the dropout of its attention; None where it has none.
+
+    Example:
+        >>> attention_dropout_name(BertConfig())
+        'attention_probs_dropout_prob'
+    """
+    known = config.to_dict()
+    return next((name for name in ("attention_dropout", "attention_probs_dropout_prob") if name in known), None)
+
+
+def _dropout(config: Any, rate: float | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The setting of a config like this one that makes its attention dropout this rate."""
+    if rate is None:
+        return {}
+    name = attention_dropout_name(config)
+    if name is None:
+        raise ValueError(f"attention_dropout is none of {config.model_type}'s settings: leave it out")
+    if name in given:
+        raise ValueError(f"attention_dropout is set twice, also as {name}: leave one of them out")
+    return {name: rate}
+
+
+def _known_config(model_type: Any) -> Any:
+    """The default config of a kind of model.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    try:
+        return AutoConfig.for_model(model_type)
+    except ValueError:
+        raise ValueError(
+            f'config.model_type must name a Transformers model, e.g. "distilbert", got {model_type!r}'
+        ) from None
 
 
 def model_from_config(config: dict[str, Any], settings: dict[str, Any]) -> PreTrainedModel:
@@ -96,13 +144,7 @@ def model_from_config(config: dict[str, Any], settings: dict[str, Any]) -> PreTr
     """
     config = {**config, **settings}
     model_type = config.pop("model_type", None)
-    try:
-        known = AutoConfig.for_model(model_type)
-    except ValueError:
-        raise ValueError(
-            f'config.model_type must name a Transformers model, e.g. "distilbert", got {model_type!r}'
-        ) from None
-    check_settings(known, config, "config")
+    check_settings(_known_config(model_type), config, "config")
     try:
         made = AutoConfig.for_model(model_type, **config)
         check_sizes(made, "config")

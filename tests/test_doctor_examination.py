@@ -296,7 +296,7 @@ def test_settings_are_looked_at(parts):
     assert [f.level for f in rates] == ["warning", "warning"]
     assert "teacher.training.learning_rate is 2" in rates[1].what
     found = by_check(findings)
-    assert found["student dropout"].fix == "--student.overrides.attention_dropout 0.0"
+    assert found["student dropout"].fix == "--student.attention_dropout 0"
     assert found["teacher dropout"].fix == "--teacher.overrides.attention_probs_dropout_prob 0.0"
 
 

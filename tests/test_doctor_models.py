@@ -109,11 +109,13 @@ def test_a_model_whose_attention_cannot_be_captured_is_a_stop(role):
     ("dropout", "device", "level"), [(0.1, "cpu", "warning"), (0.0, "cpu", "ok"), (0.1, "cuda", "ok")]
 )
 def test_attention_dropout_is_slow_on_the_cpu(make, dropout, device, level):
-    found = check_attention_dropout(make(dropout=dropout).config, "student", device)
-    assert found.level == level
-    if level == "warning":
-        name = "attention_dropout" if make is make_student else "attention_probs_dropout_prob"
-        assert found.fix == f"--student.overrides.{name} 0.0"
+    for role in ("student", "teacher"):
+        found = check_attention_dropout(make(dropout=dropout).config, role, device)
+        assert found.level == level
+        if level == "warning":
+            name = "attention_dropout" if make is make_student else "attention_probs_dropout_prob"
+            fixes = {"student": "--student.attention_dropout 0", "teacher": f"--teacher.overrides.{name} 0.0"}
+            assert found.fix == fixes[role]
 
 
 def test_a_model_without_attention_dropout_is_ok():

@@ -20,6 +20,7 @@ from transformers import (
 
 from distill_nlp import build_student
 from distill_nlp.capture import enable_attention_capture, forward_with_features
+from distill_nlp.student import attention_dropout_name
 from distill_nlp.student_layers import select_layers
 
 SMALL = {"model_type": "distilbert", "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 32, "vocab_size": 100}
@@ -283,3 +284,42 @@ def test_from_teacher_needs_a_teacher_of_a_known_kind():
         build_student(LABELS, from_teacher={"layers": 1}, teacher=distilbert)
     student = build_student(LABELS, from_teacher={"layers": 1, "architecture": "same"}, teacher=distilbert)
     assert student.config.n_layers == 1
+
+
+# ---- attention dropout ----
+
+
+@pytest.mark.parametrize("way", ["config", "teacher as DistilBERT", "teacher as it is", "checkpoint"])
+def test_attention_dropout_reaches_the_attention_under_any_name(tmp_path, way):
+    teacher = BertForSequenceClassification(bert_config())
+    teacher.save_pretrained(tmp_path)
+    ways = {
+        "config": {"config": SMALL},
+        "teacher as DistilBERT": {"from_teacher": {"layers": 1}, "teacher": teacher},
+        "teacher as it is": {"from_teacher": {"layers": 1, "architecture": "same"}, "teacher": teacher},
+        "checkpoint": {"model": str(tmp_path)},
+    }
+    labels = LABELS if way != "checkpoint" else list(teacher.config.id2label.values())
+    for rate in (0.0, 0.25):
+        student = build_student(labels, **ways[way], attention_dropout=rate)
+        name = attention_dropout_name(student.config)
+        assert name == (
+            "attention_dropout" if "DistilBERT" in way or way == "config" else "attention_probs_dropout_prob"
+        )
+        assert getattr(student.config, name) == rate
+        inside = [
+            m.dropout.p
+            for n, m in student.named_modules()
+            if n.endswith(("attention", "attention.self")) and isinstance(getattr(m, "dropout", None), torch.nn.Dropout)
+        ]
+        assert inside
+        assert set(inside) == {rate}
+
+
+def test_attention_dropout_that_is_set_twice_or_unknown_is_refused():
+    with pytest.raises(ValueError, match="set twice, also as attention_dropout: leave one of them out"):
+        build_student(LABELS, config=SMALL, overrides={"attention_dropout": 0.1}, attention_dropout=0.0)
+    with pytest.raises(ValueError, match="set twice"):
+        build_student(LABELS, config={**SMALL, "attention_dropout": 0.1}, attention_dropout=0.0)
+    with pytest.raises(ValueError, match="attention_dropout is none of fnet's settings"):
+        build_student(LABELS, config={"model_type": "fnet"}, attention_dropout=0.0)
