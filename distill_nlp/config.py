@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from distill_nlp.config_checks import Section, did_you_mean, folder_name, mistake
 from distill_nlp.config_student import StudentSection
-from distill_nlp.config_training import TrainingSection
+from distill_nlp.config_training import TrainingSection, laid_over
 from distill_nlp.hub.private import secret_in
 
 STAGES = ("teacher", "baseline", "student", "report")
@@ -253,6 +253,10 @@ class Experiment(Section):
             raise ValueError(
                 f"data.tokenizer is needed where the teacher has no checkpoint; `{TRAIN_TOKENIZER}` trains one"
             )
+        if own := [i for i, phase in enumerate(self.phases) if phase.training.auto_batch_size]:
+            raise ValueError(
+                f"phases.{own[0]}.training.per_device_train_batch_size: auto is for all phases: set it in training"
+            )
         sections = {"training": self.training} | {f"phases.{i}.training": p.training for i, p in enumerate(self.phases)}
         ratios = [f"{name}.unlabeled_ratio" for name, own in sections.items() if own.unlabeled_ratio is not None]
         pool = {
@@ -273,16 +277,15 @@ class Experiment(Section):
 
     def teacher_training(self) -> TrainingSection:
         """`training` with the teacher's own settings over it, but for what is the students' alone."""
-        own = self.teacher.training.model_dump(exclude_unset=True)
-        shared = self.training.model_dump(exclude_unset=True, exclude={"freeze", "unfreeze_every", "unlabeled_ratio"})
-        return TrainingSection(**(shared | own | {"unlabeled_ratio": None}))
+        students = {"freeze", "unfreeze_every", "unlabeled_ratio"}
+        given = laid_over(self.training, self.teacher.training, without=students)
+        return TrainingSection(**(given | {"unlabeled_ratio": None}))
 
     def student_trainings(self) -> list[Experiment]:
         """The experiment as each phase of the student sees it; itself where there are none."""
         found = []
         for phase in self.phases:
-            own = phase.training.model_dump(exclude_unset=True)
-            training = TrainingSection(**(self.training.model_dump(exclude_unset=True) | own))
+            training = TrainingSection(**laid_over(self.training, phase.training))
             losses = self.losses if phase.losses is None else phase.losses
             found.append(self.model_copy(update={"losses": losses, "training": training, "phases": []}))
         return found or [self]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -26,7 +27,14 @@ class TrainingSection(BaseModel):
     learning_rate: float = Field(5e-5, gt=0, lt=10, description="peak learning rate")
     num_train_epochs: float = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int = Field(-1, description="optimizer steps, instead of epochs; -1: by epochs")
-    per_device_train_batch_size: int = Field(16, ge=1, description="rows of one forward pass on one device")
+    per_device_train_batch_size: int = Field(
+        16, ge=1, description="rows of one forward pass on one device; auto: as many of a step's rows as fit"
+    )
+    auto_batch_size: bool = Field(
+        False,
+        description="as per_device_train_batch_size: auto; a step has 16 x gradient_accumulation_steps rows on each "
+        "device, in as few forward passes as the memory allows",
+    )
     per_device_eval_batch_size: int = Field(64, ge=1, description="rows of one forward pass in evaluation")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes per optimizer step")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's weight decay")
@@ -55,7 +63,7 @@ class TrainingSection(BaseModel):
         None, ge=1, description="steps between releases of frozen parts, from the top down; else they stay frozen"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="of the arithmetic; auto: bf16 where a step is quicker in it here, measured as a run begins"
+        "auto", description="of the arithmetic; auto: bf16 where a step is quicker in it, measured as a run begins"
     )
     bf16: bool = Field(False, description="bfloat16 autocast, as precision: bf16")
     fp16: bool = Field(False, description="float16 autocast with loss scaling (GPU), as precision: fp16")
@@ -103,7 +111,7 @@ class TrainingSection(BaseModel):
         """Names and types of the arguments that are not listed here, together with what is wrong with the others."""
         mistakes = []
         if isinstance(values, dict):
-            mistakes, values = cls._mistakes(values), _with_precision(values)
+            mistakes, values = cls._mistakes(values), _with_auto_size(_with_precision(values))
         try:
             section = handler(values)
         except ValidationError as error:
@@ -160,6 +168,25 @@ def _with_precision(values: dict[str, Any]) -> dict[str, Any]:
         return values
     rest = {name: value for name, value in values.items() if name != "precision"}
     return rest if named == "auto" else {"bf16": named == "bf16", "fp16": named == "fp16"} | rest
+
+
+def _with_auto_size(values: dict[str, Any]) -> dict[str, Any]:
+    """The batch size "auto" as a setting of its own, beside which the other stays a number."""
+    if values.get("per_device_train_batch_size") != "auto":
+        return values
+    return {k: v for k, v in values.items() if k != "per_device_train_batch_size"} | {"auto_batch_size": True}
+
+
+def laid_over(below: TrainingSection, above: TrainingSection, without: Collection[str] = ()) -> dict[str, Any]:
+    """The settings that are given in two sections; where both give one, that of the upper one.
+
+    Args:
+        without: settings of the lower one that do not count.
+    """
+    own = above.model_dump(exclude_unset=True)
+    # A batch size ends that it is found.
+    left_out = {*without, *({"auto_batch_size"} if "per_device_train_batch_size" in own else ())}
+    return below.model_dump(exclude_unset=True, exclude=left_out) | own
 
 
 def _same_kind(value: Any, default: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import nn
 from distill_nlp.capture import forward_with_features
 from distill_nlp.losses.base import POOLINGS
 from distill_nlp.modeling import accepted_arguments
+from distill_nlp.out_of_memory import free_cached, is_out_of_memory, memory_errors
+
+logger = logging.getLogger(__name__)
 
 
 def collate(tokenizer: Any, rows: Sequence[dict[str, Any]], model: nn.Module, device: Any) -> dict[str, torch.Tensor]:
@@ -107,16 +111,37 @@ def predict_logits(
 ) -> np.ndarray:
     """The logits of every row, in the order of the rows: (N, C), float32.
 
+    Where the memory does not suffice for a batch, it goes on with half as many rows.
+
     Args:
         model: a classifier; put into eval, run where it is, in its own dtype.
         tokenizer: pads.
         rows: encoded rows (`input_ids`, ...), e.g. a tokenized `datasets.Dataset` or a list of dicts.
         batch_size: rows of one forward pass.
         description: shown with a progress bar; no bar without.
+
+    Raises:
+        DistillError: the memory does not suffice for one row.
     """
+    rows = rows if isinstance(rows, list) else rows.to_list()
+    while batch_size > 1:
+        try:
+            return _predict(model, tokenizer, rows, batch_size, description)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        batch_size //= 2
+        logger.warning("out of memory; going on with batches of %d", batch_size)
+        free_cached()
+    with memory_errors(description or "prediction", "one text of this length is too much for this device: cut texts"):
+        return _predict(model, tokenizer, rows, 1, description)
+
+
+def _predict(
+    model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], batch_size: int, description: str | None
+) -> np.ndarray:
     from tqdm.auto import tqdm
 
-    rows = rows if isinstance(rows, list) else rows.to_list()
     batches = length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size)
     found = batched_logits(model, tokenizer, ([rows[i] for i in indices] for indices in batches))
     bar = tqdm(found, total=len(batches), desc=description, disable=True if description is None else None, leave=False)

@@ -20,16 +20,14 @@ from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.loading import trust_remote_code
 from distill_nlp.materials import Materials
 from distill_nlp.output_folder import check_can_be_made, check_no_way_out
-from distill_nlp.precision import is_open, precision_of_run, prefers_bf16, settle
 from distill_nlp.report_stage import ReportStage
+from distill_nlp.settling import OpenSettings
 from distill_nlp.stage_runner import StageRunner
 from distill_nlp.stage_training import Say
 from distill_nlp.stages import StageFolder
 from distill_nlp.student_stages import StudentStages
 from distill_nlp.teacher_stages import TeacherStages
 from distill_nlp.training_settings import training_arguments
-
-_ROWS_FOR_LENGTH = 256
 
 
 class Pipeline:
@@ -82,7 +80,7 @@ class Pipeline:
             UsageError: data, models and settings do not fit each other, or the doctor stops the run.
         """
         self._check_materials()
-        self.settle_precision(measure={"teacher", "baseline", "student"} & set(stages))
+        self.settle(measure=bool({"teacher", "baseline", "student"} & set(stages)))
         if "baseline" in stages or "student" in stages:
             self.students.check()
         doctor = doctor and self._is_something_to_train(stages)
@@ -110,7 +108,7 @@ class Pipeline:
             DistillError: the device has too little memory, or a loss is not finite.
         """
         self._check_materials()
-        self.settle_precision()
+        self.settle()
         self.students.check()
         self.teachers.rehearse()
         self.students.rehearse(self.experiment.seeds[0])
@@ -120,7 +118,7 @@ class Pipeline:
         # Loaded by all ranks together; what is wrong with them the doctor says.
         with suppress(DistillError):
             _ = self.materials.splits
-            self.settle_precision()
+            self.settle()
         return self._examined(self._examine)
 
     def _examine(self, stages: Sequence[str] = STAGES) -> list[Finding]:
@@ -170,33 +168,17 @@ class Pipeline:
             UsageError: there is no finished teacher yet, or the students would not use the cache.
         """
         self._check_materials()
-        self.settle_precision()
+        self.settle()
         self.students.fill_cache()
 
-    def settle_precision(self, measure: Any = True, as_in: Path | None = None) -> None:
-        """Decides the precision of trainings that name none: as the run began, else as a step is quicker here.
+    def settle(self, measure: bool = True, as_in: Path | None = None) -> None:
+        """Decides what the settings leave open, precision and batch sizes: as the run began, else by measuring.
 
         Args:
-            measure: False leaves it at fp32 where no run began.
+            measure: False: fp32 and the usual batch size, where no run began.
             as_in: folder of the run that decides; its own where not given.
         """
-        if not is_open(self.experiment):
-            return
-        bf16, line = None, None
-        if self.state.is_main_process:
-            bf16 = precision_of_run(as_in or self.root)
-            if bf16 is None and measure:
-                bf16, line = self._measured_precision()
-        if line is not None:
-            self.runner.say("precision", line)
-        settle(self.experiment, bool(broadcast_object_list([bf16])[0]))
-
-    def _measured_precision(self) -> tuple[bool, str | None]:
-        materials, training = self.materials, self.experiment.training
-        texts = materials.splits.validation[:_ROWS_FOR_LENGTH]["text"]
-        encoded = materials.tokenizer(texts, truncation=True, max_length=self.experiment.data.max_length)
-        tokens = round(sum(map(len, encoded["input_ids"])) / len(texts))
-        return prefers_bf16(materials.new_student, training.per_device_train_batch_size, tokens, self.state.device)
+        OpenSettings(self.experiment, self.materials, self.runner.say).settle(as_in or self.root, measure)
 
     def _check_materials(self) -> None:
         """Loads data and tokenizers before the first stage, so that what is wrong with them shows at once."""
@@ -227,7 +209,7 @@ class Pipeline:
         Raises:
             UsageError: a stage is not finished, or was made with other settings.
         """
-        self.settle_precision(measure=False)
+        self.settle(measure=False)
         self.prints.trust_launch_of(self.root / "student" / f"seed-{self.experiment.seeds[0]}")
         return ReportStage(self.runner, self.prints, self.teachers).make(again=True, fresh=fresh)
 

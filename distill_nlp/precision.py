@@ -6,13 +6,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from distill_nlp.config import CONFIG_FILE, Experiment
-from distill_nlp.durable_files import read_json
+from distill_nlp.config import Experiment
 
 # Time of a step in bfloat16, as a part of that in float32, from which on it is worth its rounding.
 _WORTH = 0.9
@@ -38,7 +37,7 @@ def is_open(experiment: Experiment) -> bool:
     return not {"bf16", "fp16"} & experiment.training.model_fields_set
 
 
-def settle(experiment: Experiment, bf16: bool) -> None:
+def settle_precision(experiment: Experiment, bf16: bool) -> None:
     """Writes the precision into the settings, where it is open; a teacher's or a phase's own stays."""
     experiment.training.bf16 = bf16
     for own in (experiment.teacher.training, *(phase.training for phase in experiment.phases)):
@@ -46,11 +45,9 @@ def settle(experiment: Experiment, bf16: bool) -> None:
             own.bf16 = False
 
 
-def precision_of_run(folder: Path) -> bool | None:
-    """Whether the run in a folder began in bfloat16; None where none began. One in float16 has it in its settings."""
-    settings = read_json(folder / CONFIG_FILE)
-    training = None if settings is None else settings.get("training", {})
-    return None if training is None else bool(training.get("bf16", False))
+def precision_of(record: dict[str, Any] | None) -> bool:
+    """Whether a run began in bfloat16, by its `config.json`; one in float16 has that in its settings."""
+    return bool(((record or {}).get("training") or {}).get("bf16", False))
 
 
 def prefers_bf16(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainerCallback
@@ -26,6 +25,7 @@ from distill_nlp.lengths import most_positions
 from distill_nlp.losses import DistillationLoss, ModelShape
 from distill_nlp.metrics import compute_metrics
 from distill_nlp.nonfinite import NonFiniteError
+from distill_nlp.out_of_memory import memory_errors
 from distill_nlp.progress import StageProgress
 from distill_nlp.rehearsal import passing_folder, rehearsal
 from distill_nlp.resumable import CheckpointNotWritten
@@ -100,7 +100,8 @@ class TrainingJob:
         reason = reason_of_early_stop(trainer)
         if reason:
             say(f"{self.name:<20} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: {reason}")
-        metrics, shown_metric = trainer.evaluate(), self._shown_metric
+        with self._memory_errors():
+            metrics, shown_metric = trainer.evaluate(), self._shown_metric
         trainer.save_model(str(self.folder.result))
         if state.is_main_process:
             write_json(self.folder.result / "training_log.json", {"log": trainer.state.log_history})
@@ -176,18 +177,28 @@ class TrainingJob:
 
     def _train(self, trainer: DistillationTrainer, checkpoint: Path | None) -> None:
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except torch.OutOfMemoryError as error:
-            raise DistillError(
-                f"{self.name}: out of memory; lower training.per_device_train_batch_size (and raise "
-                "gradient_accumulation_steps by as much) or data.max_length, or set training.gradient_checkpointing"
-            ) from error
+            with self._memory_errors():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NonFiniteError as error:
             raise DistillError(f"{self.name}: {error}") from error
         except CheckpointNotWritten as error:
             raise DistillError(f"{self.name}: {error}; when that is mended, the same command goes on") from error
         except Interrupted as error:
             raise Interrupted(error.signum, f"{self.name}: {error.saved}") from None
+
+    def _memory_errors(self) -> AbstractContextManager[None]:
+        rows, more = self.arguments.per_device_train_batch_size, self.arguments.gradient_accumulation_steps
+        lower = (
+            f"training.per_device_train_batch_size (now {rows}; to {rows // 2}, with gradient_accumulation_steps "
+            f"{2 * more}, a step stays what it is)"
+            if rows > 1
+            else "the student's size"
+        )
+        return memory_errors(
+            self.name,
+            f"lower {lower}, data.max_length, or per_device_eval_batch_size (now "
+            f"{self.arguments.per_device_eval_batch_size}); or set training.gradient_checkpointing",
+        )
 
     def _trainer(self, say: Say, arguments: DistillationArguments, validation: Any) -> DistillationTrainer:
         # Else a tracker names each stage by chance.

@@ -5,16 +5,16 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, set_seed
 
 from distill_nlp.cache_filling import cached_answers
 from distill_nlp.ensemble import TeacherEnsemble
-from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.errors import UsageError
 from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.labels import label_order
 from distill_nlp.loading import load_classifier, load_config
 from distill_nlp.losses import CrossEntropyLoss
+from distill_nlp.out_of_memory import memory_errors
 from distill_nlp.pool import add_pseudo_labels, drop_unconfident
 from distill_nlp.stage_runner import StageRunner
 from distill_nlp.stage_training import TrainingJob
@@ -170,7 +170,8 @@ class TeacherStages:
                     restrict_labels=part.settings.restrict_labels,
                 )
             )
-        try:
+        hint = f"lower training.per_device_eval_batch_size (now {size}) or data.max_length"
+        with memory_errors("teacher cache", hint):
             return cached_answers(
                 sources,
                 rows,
@@ -185,9 +186,6 @@ class TeacherStages:
                 say=lambda line: self.runner.say("teacher cache", line),
                 student_config=self._with_data_labels(self._answers_config),
             )
-        except torch.OutOfMemoryError as error:
-            hint = f"lower training.per_device_eval_batch_size (now {size}) or data.max_length"
-            raise DistillError(f"teacher cache: out of memory; {hint}") from error
 
     def fill_cache(self) -> None:
         """Computes the teacher's answers for all rows that the students will learn from, ahead of their stage."""

@@ -17,6 +17,8 @@ from distill_nlp.losses.base import SINGLE_LABEL
 
 # Settings that change how a run looks or where it runs, not what comes out.
 _COSMETIC = {
+    # What comes of it stands in per_device_train_batch_size and gradient_accumulation_steps.
+    "auto_batch_size",
     "dataloader_num_workers",
     "dataloader_pin_memory",
     "disable_tqdm",
@@ -62,7 +64,7 @@ def training_arguments(
         ValueError: settings that contradict each other, or that this machine cannot serve.
     """
     values = section.model_dump() | {"metric_for_best_model": section.best_metric(problem_type)}
-    del values["precision"]
+    del values["precision"], values["auto_batch_size"]
     if values.pop("gradient_checkpointing"):
         # The argument is being renamed; a deprecation warning per stage helps nobody.
         known = DistillationArguments.__dataclass_fields__

@@ -11,8 +11,7 @@ from helpers import make_student
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from distill_nlp import pipeline as pipeline_module
-from distill_nlp import precision
+from distill_nlp import precision, settling
 from distill_nlp.config_file import load_experiment
 from distill_nlp.errors import UsageError
 from distill_nlp.pipeline import Pipeline
@@ -31,7 +30,7 @@ def prefers(monkeypatch):
             asked.append(tokens)
             return bf16, "bf16: it was measured"
 
-        monkeypatch.setattr(pipeline_module, "prefers_bf16", found)
+        monkeypatch.setattr(settling, "prefers_bf16", found)
         return asked
 
     return set_to
@@ -84,7 +83,7 @@ def test_a_launcher_that_names_one_decides(experiment, monkeypatch, launcher, is
 def test_what_is_settled_reaches_all_that_name_nothing(experiment):
     phases = [{"training": {"fp16": True}}, {"training": {"bf16": False}}, {}]
     made = load_experiment(experiment(phases=phases))
-    precision.settle(made, True)
+    precision.settle_precision(made, True)
     assert not precision.is_open(made)
     assert mixed_precision(made.teacher_training()) == "bf16"
     found = [phase.training for phase in made.student_trainings()]
@@ -240,6 +239,6 @@ def test_the_trials_of_a_sweep_train_as_its_teacher_did(experiment, tmp_path, pr
     Pipeline(load_experiment(experiment(output_dir=str(tmp_path / "base")))).run(("teacher",), doctor=False)
     prefers(False)
     trial = Pipeline(load_experiment(experiment(output_dir=str(tmp_path / "trial"))))
-    trial.settle_precision(as_in=tmp_path / "base")
+    trial.settle(as_in=tmp_path / "base")
     assert mixed_precision(trial.experiment.training) == "bf16"
     assert len(asked) == 1

@@ -2,15 +2,19 @@
 
 from distill_nlp.doctor.examination import examine, examine_teachers
 from distill_nlp.doctor.findings import EXIT_STOP, Finding, exit_code, guarded
+from distill_nlp.doctor.fitting import fitting_batch_size
 from distill_nlp.doctor.render import compact_lines, lines, summary, terminal_findings
+from distill_nlp.doctor.subject import Subject
 
 __all__ = [
     "EXIT_STOP",
     "Finding",
+    "Subject",
     "compact_lines",
     "examine",
     "examine_teachers",
     "exit_code",
+    "fitting_batch_size",
     "guarded",
     "lines",
     "summary",

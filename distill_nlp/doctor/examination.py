@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
-from accelerate.utils import parse_flag_from_env
 
 from distill_nlp.config import STAGES
 from distill_nlp.doctor import models, rows, settings, texts
 from distill_nlp.doctor.findings import Finding, guarded
+from distill_nlp.doctor.fitting import check_student_memory
 from distill_nlp.doctor.labels import check_labels
-from distill_nlp.doctor.measure import activation_bytes, features_bytes
-from distill_nlp.doctor.memory import check_memory, estimate_memory, forward_peak, free_memory, tensor_bytes
 from distill_nlp.doctor.multi_label import check_class_rates, check_multi_label_teacher
-from distill_nlp.doctor.subject import AUTOCAST, SPLITS, Subject
+from distill_nlp.doctor.subject import SPLITS, Subject
 from distill_nlp.doctor.teacher_accuracy import check_softness, check_teacher_accuracy
 from distill_nlp.doctor.timing import check_run_time
 from distill_nlp.doctor.trace import no_trace
@@ -238,42 +235,7 @@ def _check_student(found: _Findings, subject: Subject) -> None:
             )
     looked_at = {"student": subject.student, "teacher": subject.lead_model}
     if found.add("attention", lambda: models.check_attention(looked_at, reading)) and not found.stopped:
-        found.add("memory", lambda: _memory(subject))
-
-
-def _memory(subject: Subject) -> Finding:
-    """Measures and compares."""
-    training, materials = subject.experiment.training, subject.materials
-    # Before anything is built: what is free now is what the run will find.
-    free, where = free_memory(subject.device)
-    size, row = training.per_device_train_batch_size, subject.longest_row
-    step, teacher = subject.student_step()
-    activations = activation_bytes(step, row, subject.collate, size)
-    if training.gradient_checkpointing:
-        whole = activations
-        step.model.activation_checkpointing_enable()
-        # In backward, one block at a time is computed again.
-        depth = getattr(subject.student.config, "num_hidden_layers", None) or 1
-        activations = activation_bytes(step, row, subject.collate, size) + whole // depth
-    tokens, peak = len(row["input_ids"]), 0
-    if teacher:
-        element = 2 if materials.mixed_precision in AUTOCAST else 4
-        peak = forward_peak(subject.lead_model.config, size, tokens, element)
-        peak += features_bytes(step, row, subject.collate, size)
-    sharded = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-    estimate = estimate_memory(step.model, activations, tensor_bytes(teacher), peak, subject.ranks, sharded)
-    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if subject.device.type == "cpu" else 1
-    return check_memory(
-        estimate,
-        free,
-        where,
-        size,
-        tokens,
-        training.gradient_accumulation_steps,
-        training.gradient_checkpointing,
-        materials.mixed_precision in AUTOCAST,
-        copies,
-    )
+        found.add("memory", lambda: check_student_memory(subject))
 
 
 def _labels(subject: Subject, part: TeacherPart) -> Finding:

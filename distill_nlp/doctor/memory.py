@@ -165,19 +165,19 @@ def check_memory(
     """
     total = estimate.total * copies
     parts = ", ".join(
-        f"{field.name.replace('_', ' ')} {_size(value)}"
+        f"{field.name.replace('_', ' ')} {size_in_words(value)}"
         for field in fields(estimate)
         if (value := getattr(estimate, field.name))
     )
     each = f" for each of {copies} ranks" if copies > 1 else ""
     what = (
-        f"one step of the student takes about {_size(total)}: {parts}{each}; activations counted on a few of the "
-        f"longest rows and scaled to {rows} of {tokens} tokens"
+        f"one step of the student takes about {size_in_words(total)}: {parts}{each}; activations counted on a few of "
+        f"the longest rows and scaled to {rows} of {tokens} tokens"
     )
     if free is None:
         return Finding("ok", "memory", f"{what}; the free memory is not known")
     share = total / max(free, 1)
-    what += f"; {_size(free)} free ({where})"
+    what += f"; {size_in_words(free)} free ({where})"
     if share <= WARNING_SHARE:
         return Finding("ok", "memory", what)
     half = max(rows // 2, 1)
@@ -199,7 +199,8 @@ def check_memory(
     )
 
 
-def _size(count: float) -> str:
+def size_in_words(count: float) -> str:
+    """Bytes as people read them: `1.5 GB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"

@@ -120,7 +120,7 @@ def _teacher(
 ) -> tuple[list[Run], float]:
     """The models of the base experiment's teacher with their validation rows, and its metric there."""
     pipeline = Pipeline(plan.experiment(base.settings, base.root))
-    pipeline.settle_precision(measure=False)
+    pipeline.settle(measure=False)
     materials, experiment = pipeline.materials, pipeline.experiment
     labels = materials.tokens_alone(materials.splits.validation)["labels"]
     student = load_classifier(str(_folder(trial, plan, _experiment(trial, plan)))).config

@@ -118,10 +118,10 @@ def prepare_base(plan: SweepPlan, study: SweepStudy, settings: dict[str, Any], s
         UsageError: data, models and settings do not fit each other.
     """
     pipeline = Pipeline(plan.experiment(settings, plan.root / BASE), quiet(say))
-    pipeline.students.check()
     with study.lock(BASE, waits=lambda: say("waiting for another process, which trains the teacher")):
-        # Here, so that the first worker decides for all; its trials train as it does.
-        pipeline.settle_precision()
+        # Here, so that the first worker decides for all; the trials train as it does.
+        pipeline.settle()
+        pipeline.students.check()
         home = TeacherHome(pipeline.root, settings, pipeline.prints.teachers)
         pipeline.run(("teacher",), doctor=False)
         if any(view.live_because is None for view in pipeline.students.views):
@@ -193,7 +193,7 @@ def _pipeline(
 
 def _trial_pipeline(plan: SweepPlan, claim: Claim, folder: Path, cache: Path | None, log: Say) -> Pipeline:
     pipeline = Pipeline(plan.experiment(claim.settings, folder, cache), log)
-    pipeline.settle_precision(as_in=plan.root / BASE)
+    pipeline.settle(as_in=plan.root / BASE)
     return pipeline
 
 

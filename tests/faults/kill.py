@@ -109,7 +109,10 @@ class KillTest:
             what, watch = f"{signum.name} after {delay:.1f} s", lambda pid: _after(delay, pid, signum)
         ended = attempt(self._command(name), prepare, watch)
         self.say(f"{name}: {what}: ended by {ended.code} in {ended.where}")
-        if ended.code in (-signal.SIGKILL, -signal.SIGALRM) or (ended.code == 143 and kind == "term"):
+        # Before the command has taken the signal over, it ends it as the system does: 143 in a shell as well.
+        if ended.code in (-signal.SIGKILL, -signal.SIGALRM) or (
+            ended.code in (143, -signal.SIGTERM) and kind == "term"
+        ):
             # Told to stop, it has left the place by the time that it ends.
             how, where = ("SIGTERM", "any place") if kind == "term" else ("SIGKILL", ended.where)
             self.fallen[how, where] += 1

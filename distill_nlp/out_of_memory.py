@@ -1,0 +1,49 @@
+"""Too little memory: told apart from other errors, and said in one line."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from distill_nlp.errors import DistillError
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or PyTorch on the CPU, had too little memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
+
+
+@contextmanager
+def memory_errors(what: str, advice: str) -> Iterator[None]:
+    """Turns running out of memory into one line.
+
+    Args:
+        what: was being done.
+        advice: what to lower.
+
+    Raises:
+        DistillError: the memory did not suffice.
+
+    Example:
+        >>> with memory_errors("student, seed 0", "lower data.max_length"):
+        ...     trainer.train()
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DistillError(f"{what}: out of memory; {advice}") from error
+
+
+def free_cached() -> None:
+    """Gives back what PyTorch holds for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

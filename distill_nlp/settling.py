@@ -1,0 +1,130 @@
+"""What a run decides by itself where its settings leave it open, once, as it begins: precision and batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from distill_nlp.config import CONFIG_FILE, Experiment
+from distill_nlp.config_training import TrainingSection
+from distill_nlp.doctor import Subject, fitting_batch_size
+from distill_nlp.durable_files import read_json
+from distill_nlp.fingerprints import Fingerprints
+from distill_nlp.materials import Materials
+from distill_nlp.precision import is_open, precision_of, prefers_bf16, settle_precision
+
+_ROWS_FOR_LENGTH = 256
+_USUAL_BATCH = TrainingSection.model_fields["per_device_train_batch_size"].default
+
+
+class OpenSettings:
+    """Finds what is open, and writes what is decided into the experiment.
+
+    A run that goes on takes what its `config.json` says. The main rank decides for all; every rank must call it, and
+    before anything that depends on the settings of a training is made.
+
+    Args:
+        experiment: changed in place.
+        materials: of the experiment.
+        say: gets what the line is on, and the line.
+    """
+
+    def __init__(self, experiment: Experiment, materials: Materials, say: Callable[[str, str], None]) -> None:
+        self._experiment, self._materials, self._say = experiment, materials, say
+        self._state = PartialState()
+
+    def settle(self, begun: Path, measure: bool = True) -> None:
+        """Decides all that is open.
+
+        Args:
+            begun: folder of the run whose record decides, if it began.
+            measure: False: what no record decides is fp32, and the usual batch size.
+        """
+        record = read_json(begun / CONFIG_FILE)
+        if is_open(self._experiment):
+            settle_precision(self._experiment, self._decided(lambda: self._precision(record, measure)))
+        training, teacher = self._experiment.training, self._experiment.teacher.training
+        # The teacher's first: it inherits what the students' is until then.
+        shared = self._experiment.teacher_training()
+        if shared.auto_batch_size:
+            parts = [part for part in self._materials.teachers if part.finished is None]
+            rows = _USUAL_BATCH * shared.gradient_accumulation_steps
+            subject = self._subject(self._materials)
+            size = self._decided(
+                lambda: self._batch_size(
+                    _section(record, "teacher", "training") if parts else None,
+                    rows,
+                    measure and bool(parts),
+                    "teacher",
+                    [lambda part=part: fitting_batch_size(subject, rows, part) for part in parts],
+                )
+            )
+            _set_batch_size(teacher, rows, size)
+        if training.auto_batch_size:
+            rows = _USUAL_BATCH * training.gradient_accumulation_steps
+            phases = self._experiment.student_trainings() if self._experiment.phases else []
+            subjects = [self._subject(self._materials.seen_by(phase)) for phase in phases]
+            subjects = subjects or [self._subject(self._materials)]
+            size = self._decided(
+                lambda: self._batch_size(
+                    _section(record, "training"),
+                    rows,
+                    measure,
+                    "student",
+                    [lambda subject=subject: fitting_batch_size(subject, rows) for subject in subjects],
+                )
+            )
+            _set_batch_size(training, rows, size)
+
+    def _subject(self, materials: Materials) -> Subject:
+        # Of fingerprints that nobody keeps: they would be of settings that are not decided yet.
+        return Subject(materials, Fingerprints(self._experiment, materials))
+
+    def _decided(self, decide: Callable[[], Any]) -> Any:
+        return broadcast_object_list([decide() if self._state.is_main_process else None])[0]
+
+    def _precision(self, record: dict[str, Any] | None, measure: bool) -> bool:
+        if record is not None or not measure:
+            return precision_of(record)
+        training, length = self._experiment.training, self._experiment.data.max_length
+        texts = self._materials.splits.validation[:_ROWS_FOR_LENGTH]["text"]
+        encoded = self._materials.tokenizer(texts, truncation=True, max_length=length)
+        tokens = round(sum(map(len, encoded["input_ids"])) / len(texts))
+        rows = training.per_device_train_batch_size
+        chosen, line = prefers_bf16(self._materials.new_student, rows, tokens, self._state.device)
+        if line is not None:
+            self._say("precision", line)
+        return chosen
+
+    def _batch_size(
+        self,
+        begun: dict[str, Any],
+        rows: int,
+        measure: bool,
+        who: str,
+        ways: Sequence[Callable[[], tuple[int, str]]],
+    ) -> int:
+        size = begun.get("per_device_train_batch_size") if begun else None
+        if size and size * begun.get("gradient_accumulation_steps", 1) == rows:
+            return size
+        if not measure:
+            return min(rows, _USUAL_BATCH)
+        size, line = min((way() for way in ways), key=lambda found: found[0])
+        self._say("batch size", f"{who}: {line}")
+        return size
+
+
+def _section(record: dict[str, Any] | None, *names: str) -> dict[str, Any]:
+    found: Any = record or {}
+    for name in names:
+        found = found.get(name) or {}
+    return found
+
+
+def _set_batch_size(section: TrainingSection, rows: int, size: int) -> None:
+    section.per_device_train_batch_size, section.gradient_accumulation_steps = size, rows // size
+    section.auto_batch_size = False

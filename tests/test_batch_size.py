@@ -1,0 +1,176 @@
+"""The batch size "auto": what fits of a step's rows, chosen once; and what follows where nothing fits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from distill_nlp import settling
+from distill_nlp.config_file import load_experiment
+from distill_nlp.doctor import Subject, fitting, fitting_batch_size
+from distill_nlp.errors import UsageError
+from distill_nlp.fingerprints import Fingerprints
+from distill_nlp.materials import Materials
+from distill_nlp.pipeline import Pipeline
+
+AUTO = {"max_steps": 3, "eval_strategy": "no", "per_device_train_batch_size": "auto", "gradient_accumulation_steps": 2}
+
+
+def sizes(section) -> tuple[int, int, bool]:
+    return section.per_device_train_batch_size, section.gradient_accumulation_steps, section.auto_batch_size
+
+
+# ---- settings ----
+
+
+def test_auto_is_said_in_the_place_of_a_number_and_reaches_the_teacher(experiment):
+    made = load_experiment(experiment(training=AUTO))
+    assert sizes(made.training) == sizes(made.teacher_training()) == (16, 2, True)
+    own = load_experiment(experiment(training=AUTO, teacher__training={"per_device_train_batch_size": 4}))
+    assert sizes(own.teacher_training()) == (4, 2, False)
+    other = load_experiment(experiment(teacher__training={"per_device_train_batch_size": "auto"}))
+    assert not other.training.auto_batch_size
+    assert other.teacher_training().auto_batch_size
+
+
+def test_a_phase_may_have_a_size_of_its_own_but_not_auto(experiment):
+    phases = [{"training": {"per_device_train_batch_size": 2}}, {}]
+    made = load_experiment(experiment(training=AUTO, phases=phases))
+    assert [sizes(phase.training) for phase in made.student_trainings()] == [(2, 2, False), (16, 2, True)]
+    with pytest.raises(UsageError, match="phases.1.training.per_device_train_batch_size: auto is for all phases"):
+        load_experiment(experiment(phases=[{}, {"training": {"per_device_train_batch_size": "auto"}}]))
+
+
+@pytest.mark.parametrize("value", ["automatic", 0, 1.5, None, True])
+def test_anything_else_is_refused(experiment, value):
+    with pytest.raises(UsageError, match="training.per_device_train_batch_size"):
+        load_experiment(experiment(training__per_device_train_batch_size=value))
+
+
+# ---- what fits ----
+
+
+@pytest.fixture
+def subject(experiment):
+    """Of the tiny experiment with live teacher, and of its memory for so many rows."""
+    made = load_experiment(experiment())
+    materials = Materials(made)
+    return Subject(materials, Fingerprints(made, materials))
+
+
+def needed(subject, rows, part=None) -> int:
+    found = fitting._student_memory(subject, rows) if part is None else fitting._teacher_memory(subject, part, rows)
+    return found.total
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("size", [24, 8, 3])
+def test_the_largest_divisor_that_fits_is_taken(subject, monkeypatch, size, who):
+    part = None if who == "student" else subject.materials.lead
+    between = (needed(subject, size, part) + needed(subject, size + 1, part)) / 2
+    monkeypatch.setattr(fitting, "free_memory", lambda device: (between / 0.7, "system"))
+    found, line = fitting_batch_size(subject, 24, part)
+    assert found == size
+    assert line.startswith(f"{size} of 24 rows of a step at a time: about ")
+    assert line.endswith("free (system)")
+
+
+def test_where_not_even_one_row_fits_one_is_tried_and_where_nothing_is_known_all(subject, monkeypatch):
+    monkeypatch.setattr(fitting, "free_memory", lambda device: (10, "system"))
+    assert fitting_batch_size(subject, 16)[0] == 1
+    monkeypatch.setattr(fitting, "free_memory", lambda device: (None, "mps"))
+    assert fitting_batch_size(subject, 16) == (16, "16 rows at a time: the free memory is not known")
+
+
+def test_the_estimate_is_a_line_in_the_rows_and_leaves_no_trace(subject):
+    found = [needed(subject, rows) for rows in (1, 9, 17)]
+    assert found[2] - found[1] == pytest.approx(found[1] - found[0], rel=0.01)
+    state = torch.random.get_rng_state()
+    fitting_batch_size(subject, 16)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_ranks_share_the_memory_of_a_machine(subject, monkeypatch):
+    free = (needed(subject, 16) + needed(subject, 17)) / 2 / 0.7
+    monkeypatch.setattr(fitting, "free_memory", lambda device: (free, "system"))
+    assert fitting_batch_size(subject, 16)[0] == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert fitting_batch_size(subject, 16)[0] < 16
+
+
+# ---- runs ----
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """`fits(student=4, teacher=8)`: what will be found to fit; a list of who was asked for."""
+    asked: list[tuple[str, int]] = []
+
+    def set_to(**sizes) -> list[tuple[str, int]]:
+        def found(subject, rows, part=None):
+            who = "student" if part is None else "teacher"
+            asked.append((who, rows))
+            return sizes[who], f"{sizes[who]} of {rows} rows"
+
+        monkeypatch.setattr(settling, "fitting_batch_size", found)
+        return asked
+
+    return set_to
+
+
+def test_a_step_keeps_its_rows_and_a_run_its_choice(experiment, tmp_path, fits, no_doctor):
+    path = experiment(training=AUTO, losses={"kl": {}})
+    asked, said = fits(student=4, teacher=8), []
+    Pipeline(load_experiment(path), said.append).run(("teacher", "baseline", "student"))
+    assert asked == [("teacher", 32), ("student", 32)]
+    assert "batch size           teacher: 8 of 32 rows" in said
+    assert "batch size           student: 4 of 32 rows" in said
+    records = {
+        name: json.loads((tmp_path / "run" / name / "stage.json").read_text())
+        for name in ("teacher", "baseline/seed-0", "student/seed-0")
+    }
+    trainings = {name: record["fingerprint"]["training"] for name, record in records.items()}
+    found = {n: (t["per_device_train_batch_size"], t["gradient_accumulation_steps"]) for n, t in trainings.items()}
+    assert found == {"teacher": (8, 4), "baseline/seed-0": (4, 8), "student/seed-0": (4, 8)}
+    assert "auto_batch_size" not in trainings["student/seed-0"]
+    fits(student=1, teacher=1)
+    again: list[str] = []
+    Pipeline(load_experiment(path), again.append).run(("teacher", "baseline", "student"))
+    assert len(asked) == 2
+    assert sum("done already" in line for line in again) == 3
+
+
+def test_another_number_of_rows_in_a_step_is_chosen_anew(experiment, fits, no_doctor):
+    asked = fits(student=4, teacher=8)
+    Pipeline(load_experiment(experiment(training=AUTO, losses={"kl": {}}))).run(("teacher",))
+    changed = AUTO | {"gradient_accumulation_steps": 1}
+    Pipeline(load_experiment(experiment(training=changed, losses={"kl": {}}))).run(("teacher",))
+    assert asked == [("teacher", 32), ("student", 32), ("teacher", 16), ("student", 16)]
+
+
+def test_all_phases_fit(experiment, monkeypatch, tmp_path):
+    """The smallest of what their losses leave room for; a phase with its own size keeps it."""
+    phases = [{"losses": {"kl": {}}, "training": {"per_device_train_batch_size": 2}}, {"losses": {"ce": {}}}]
+    pipeline = Pipeline(load_experiment(experiment(training=AUTO, phases=phases)))
+    fit = {"kl": 8, "ce": 4}
+    monkeypatch.setattr(
+        settling,
+        "fitting_batch_size",
+        lambda subject, rows, part=None: (16 if part else fit[next(iter(subject.experiment.losses))], "a line"),
+    )
+    pipeline.settle()
+    assert sizes(pipeline.experiment.training) == (4, 8, False)
+    assert [sizes(e.training)[:2] for e in pipeline.experiment.student_trainings()] == [(2, 8), (4, 8)]
+
+
+def test_a_finished_teacher_is_not_measured(experiment, tmp_path, fits, no_doctor):
+    path = experiment(losses={"kl": {}})
+    Pipeline(load_experiment(path)).run(("teacher",))
+    asked = fits(student=4)
+    settings = {"training": AUTO, "losses": {"kl": {}}, "output_dir": str(tmp_path / "other")}
+    pipeline = Pipeline(load_experiment(experiment(teacher={"model": str(tmp_path / "run" / "teacher")}, **settings)))
+    pipeline.settle()
+    assert asked == [("student", 32)]
+    assert sizes(pipeline.experiment.teacher_training()) == (16, 2, False)
