@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "accuracy"
 def bench(monkeypatch):
     """The modules of the benchmark by name; its trainings run in this process."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    modules = {name: importlib.import_module(name) for name in ("scores", "table", "run", "images")}
+    modules = {name: importlib.import_module(name) for name in ("grouping", "scores", "table", "run", "images")}
 
     def in_this_process(command, check, env, cwd):
         assert main(command[3:]) == 0
@@ -283,3 +283,23 @@ def test_tests_interval_and_table_take_the_chosen_baseline(bench, tmp_path):
     rows = {line.split("|")[1].strip(): line for line in bench["table"]._table(scores).splitlines() if "|" in line}
     assert rows["baseline"].startswith("| baseline | 0.5000 ± 0.0000 |")
     assert "| 50% |" in rows["recipe"]
+
+
+def test_classes_are_grouped_in_every_split(bench, tmp_path):
+    rows = {"train": [[0], [1, 2], [], [2, 0, 1]], "test": [[3], [0, 3]]}
+    (tmp_path / "data").mkdir()
+    for split, labels in rows.items():
+        table = pa.table({"text": [f"{split} {i}" for i in range(len(labels))], "labels": labels, "more": labels})
+        pq.write_table(table, tmp_path / "data" / f"{split}.parquet")
+    groups = {"second": ["b", "d"], "first": ["a", "c"]}
+    bench["grouping"].write_grouped(tmp_path / "data", tmp_path / "made", "labels", ["a", "b", "c", "d"], groups)
+    made = {split: pq.read_table(tmp_path / "made" / f"{split}.parquet") for split in rows}
+    assert made["train"].to_pydict() == {
+        "text": [f"train {i}" for i in range(4)],
+        "labels": [[1], [0, 1], [], [0, 1]],
+    }
+    assert made["test"]["labels"].to_pylist() == [[0], [0, 1]]
+    for wrong, named in (({"first": ["a", "c"]}, "b, d"), (groups | {"third": ["a", "x"]}, "a, x")):
+        with pytest.raises(ValueError, match=f"each class must stand in one group; there are none or two for {named}"):
+            bench["grouping"].write_grouped(tmp_path / "data", tmp_path / "no", "labels", ["a", "b", "c", "d"], wrong)
+    assert not (tmp_path / "no").exists()

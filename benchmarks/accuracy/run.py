@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from grouping import write_grouped
 from scores import SetScores
 from table import write_section
 
@@ -104,6 +105,16 @@ class Bench:
                 self.set[block][key] = str(options.teacher.resolve())
             elif key in self.set[block]:
                 self.set[block][key] = str((root / self.set[block][key]).resolve())
+        groups = self.set.pop("groups", None)
+        if groups is not None:
+            self._group_classes(groups)
+
+    def _group_classes(self, groups: dict[str, list[str]]) -> None:
+        data = self.set["data"]
+        if not self.options.table:
+            target = self.folder / "data"
+            write_grouped(Path(data["dataset"]), target, data["label_column"], data["label_names"], groups)
+        data |= {"dataset": str(self.folder / "data"), "label_names": list(groups)}
 
     def train(self) -> None:
         if self.base is not None:
