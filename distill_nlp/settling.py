@@ -56,7 +56,7 @@ class OpenSettings:
             subject = self._subject(self._materials)
             size = self._decided(
                 lambda: self._batch_size(
-                    _section(record, "teacher", "training") if parts else None,
+                    _recorded(record, rows, of_teacher=True) if parts else None,
                     rows,
                     measure and bool(parts),
                     "teacher",
@@ -71,7 +71,7 @@ class OpenSettings:
             subjects = subjects or [self._subject(self._materials)]
             size = self._decided(
                 lambda: self._batch_size(
-                    _section(record, "training"),
+                    _recorded(record, rows),
                     rows,
                     measure,
                     "student",
@@ -101,28 +101,24 @@ class OpenSettings:
         return chosen
 
     def _batch_size(
-        self,
-        begun: dict[str, Any],
-        rows: int,
-        measure: bool,
-        who: str,
-        ways: Sequence[Callable[[], tuple[int, str]]],
+        self, begun: int | None, rows: int, measure: bool, who: str, ways: Sequence[Callable[[], tuple[int, str]]]
     ) -> int:
-        size = begun.get("per_device_train_batch_size") if begun else None
-        if size and size * begun.get("gradient_accumulation_steps", 1) == rows:
-            return size
-        if not measure:
-            return min(rows, _USUAL_BATCH)
+        if begun is not None or not measure:
+            return begun or _USUAL_BATCH
         size, line = min((way() for way in ways), key=lambda found: found[0])
         self._say("batch size", f"{who}: {line}")
         return size
 
 
-def _section(record: dict[str, Any] | None, *names: str) -> dict[str, Any]:
-    found: Any = record or {}
-    for name in names:
-        found = found.get(name) or {}
-    return found
+def _recorded(record: dict[str, Any] | None, rows: int, of_teacher: bool = False) -> int | None:
+    """The batch size that a run began with, if a step had as many rows then."""
+    if record is None:
+        return None
+    given = {**(record.get("training") or {})}
+    if of_teacher:
+        given |= (record.get("teacher") or {}).get("training") or {}
+    size = given.get("per_device_train_batch_size", _USUAL_BATCH)
+    return size if size * given.get("gradient_accumulation_steps", 1) == rows else None
 
 
 def _set_batch_size(section: TrainingSection, rows: int, size: int) -> None:

@@ -150,6 +150,16 @@ def test_another_number_of_rows_in_a_step_is_chosen_anew(experiment, fits, no_do
     assert asked == [("teacher", 32), ("student", 32), ("teacher", 16), ("student", 16)]
 
 
+def test_a_run_that_began_with_the_usual_size_keeps_it(experiment, fits, no_doctor):
+    asked, usual = fits(student=4, teacher=8), {"max_steps": 3, "eval_strategy": "no"}
+    Pipeline(load_experiment(experiment(training=usual, losses={"kl": {}}))).run(("teacher",))
+    said: list[str] = []
+    auto = usual | {"per_device_train_batch_size": "auto"}
+    Pipeline(load_experiment(experiment(training=auto, losses={"kl": {}})), said.append).run(("teacher",))
+    assert any("done already" in line for line in said)
+    assert asked == []
+
+
 def test_all_phases_fit(experiment, monkeypatch, tmp_path):
     """The smallest of what their losses leave room for; a phase with its own size keeps it."""
     phases = [{"losses": {"kl": {}}, "training": {"per_device_train_batch_size": 2}}, {"losses": {"ce": {}}}]
