@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -127,6 +128,12 @@ class DistillationArguments(TrainingArguments):
             )
         self._check_parts()
         self._check_early_stopping()
+
+    @property
+    def device(self) -> torch.device:
+        """That of the training; a CPU without a number, which the Trainer of Transformers 5.6 fails to load an optimizer to."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
 
     def _check_parts(self) -> None:
         if not 0 < self.layer_learning_rate_decay <= 1:

@@ -67,3 +67,14 @@ def test_plain_arguments_have_the_defaults_of_ours():
     assert setting_of(args, "layer_learning_rate_decay") == 1.0
     setting_of(args, "freeze").append("body")
     assert setting_of(args, "freeze") == []
+
+
+def test_a_cpu_has_no_number(tmp_path, monkeypatch):
+    """As of a rank on a CPU: PyTorch cannot load a file to `cpu:0`."""
+    import torch
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda args: torch.device("cpu:0")))
+    assert DistillationArguments(output_dir=str(tmp_path)).device == torch.device("cpu")
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda args: torch.device("cuda:1")))
+    assert DistillationArguments(output_dir=str(tmp_path)).device == torch.device("cuda:1")
