@@ -131,7 +131,7 @@ class DistillationArguments(TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        """That of the training; a CPU without a number, which the Trainer of Transformers 5.6 fails to load an optimizer to."""
+        """That of the training; a CPU without a number, to which Transformers 5.6 cannot load an optimizer."""
         found = super().device
         return torch.device("cpu") if found.type == "cpu" else found
 
