@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from memory import peak_of, return_freed_memory
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -152,11 +151,11 @@ def eager_attention_step(teacher, student, batch, pairs, bf16: bool) -> None:
 def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Ratios of time and of peak memory to "kl", and what "kl" itself took."""
     peaks = {}
-    _return_freed_memory(at_once=True)
+    return_freed_memory(at_once=True)
     for name, step in steps.items():
         step()
         peaks[name] = peak_of(step, device)
-    _return_freed_memory(at_once=False)
+    return_freed_memory(at_once=False)
     for step in steps.values():
         step()
     seconds = {name: [] for name in steps}
@@ -176,33 +175,6 @@ def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[s
         }
         for name in steps
     }
-
-
-def peak_of(step: Step, device: torch.device) -> int:
-    """Most bytes that a step holds above what was held before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def _return_freed_memory(at_once: bool) -> None:
-    """Has the allocator give freed blocks back at once: a peak is then one of live tensors, and steps are slow."""
-    if os.name == "posix":
-        trim_threshold, mmap_threshold = -1, -3
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << (20 if at_once else 25))
-        libc.mallopt(trim_threshold, 1 << (20 if at_once else 30))
 
 
 def table(batch: str, figures: dict[str, dict[str, float]]) -> str:

@@ -22,18 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DataCollatorWithPadding,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import DataCollatorWithPadding, PreTrainedModel
+from workloads import Pair, imdb_rows, padder
 
 from distill_nlp import (
     CachedTeacher,
@@ -45,9 +37,7 @@ from distill_nlp import (
 )
 from distill_nlp.teacher import bind_teacher
 
-VOCABULARY = 30522
 MAX_LENGTH = 256
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 Step = Callable[[list[int]], None]
 
 
@@ -60,65 +50,28 @@ def main() -> None:
     parser.add_argument("--fill_batch_size", type=int, default=64)
     parser.add_argument("--output", help="JSON file for the figures")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = {"vocab_size": VOCABULARY, "num_labels": 2, "max_position_embeddings": 512}
-    teacher = BertForSequenceClassification(
-        BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, **sizes)
-    ).to(device)
-    # With attention dropout, PyTorch's fused attention falls back to its slow path on a CPU.
-    student_config = DistilBertConfig(dim=384, n_layers=3, n_heads=12, hidden_dim=1536, attention_dropout=0.0, **sizes)
-    lengths = text_lengths(options.steps * options.batch_size + options.fill_rows)
-    data, tokenizer = random_rows(lengths), make_tokenizer()
-
+    pair = Pair("minilm", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    data, _ = imdb_rows(options.steps * options.batch_size + options.fill_rows, MAX_LENGTH)
     figures = {
-        "mean_tokens": sum(lengths) / len(lengths),
-        "steps": measure_steps(teacher, student_config, data, tokenizer, options, device),
-        "fill": measure_fill(teacher, data.select(range(options.fill_rows)), tokenizer, options),
+        "mean_tokens": sum(map(len, data["input_ids"])) / len(data),
+        "steps": measure_steps(pair, data, options),
+        "fill": measure_fill(pair.teacher(), data.select(range(options.fill_rows)), options),
     }
     print(json.dumps(figures, indent=1))
     if options.output:
         Path(options.output).write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def text_lengths(count: int) -> list[int]:
-    """Lengths of reviews in tokens, cut."""
-    reviews, vocabulary = SHARED / "data" / "imdb" / "train.parquet", SHARED / "models" / "bert-base-uncased-tokenizer"
-    if not (reviews.is_file() and vocabulary.is_dir()):
-        drawn = np.random.default_rng(0).lognormal(5.4, 0.65, count).astype(int)
-        return np.clip(drawn, 12, MAX_LENGTH).tolist()
-    from transformers import AutoTokenizer
-
-    texts = Dataset.from_parquet(str(reviews)).shuffle(seed=0).select(range(count))["text"][:]
-    encoded = AutoTokenizer.from_pretrained(vocabulary)(texts, truncation=True, max_length=MAX_LENGTH)
-    return [len(ids) for ids in encoded["input_ids"]]
-
-
-def random_rows(lengths: list[int]) -> Dataset:
-    rng = np.random.default_rng(1)
-    ids = [rng.integers(1000, VOCABULARY, length).tolist() for length in lengths]
-    labels = rng.integers(0, 2, len(lengths)).tolist()
-    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * n for n in lengths], "labels": labels})
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """It pads, and that is all."""
-    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    names = ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_input_names=names
-    )
-
-
-def measure_steps(teacher, student_config, data, tokenizer, options, device) -> dict[str, float]:
+def measure_steps(pair: Pair, data: Dataset, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a round by variant, and ratios to plain fine-tuning in the same round."""
+    teacher, tokenizer, device = pair.teacher(), padder(), pair.device
     collate = DataCollatorWithPadding(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         cached = cache_teacher_logits(teacher, data, tokenizer, folder)
     steps: dict[str, Step] = {
-        "plain": training_step(student_config, None, data, collate, device),
-        "live": training_step(student_config, teacher, data, collate, device),
-        "cached": training_step(student_config, CachedTeacher(teacher.config), cached, collate, device),
+        "plain": training_step(pair, None, data, collate),
+        "live": training_step(pair, teacher, data, collate),
+        "cached": training_step(pair, CachedTeacher(teacher.config), cached, collate),
     }
     size = options.batch_size
     rows = random.Random(0).sample(range(len(data)), options.steps * size)
@@ -142,9 +95,10 @@ def measure_steps(teacher, student_config, data, tokenizer, options, device) -> 
     return found
 
 
-def training_step(student_config, teacher, data, collate, device) -> Step:
+def training_step(pair: Pair, teacher: Any, data: Dataset, collate: Any) -> Step:
     """A step of the student: plain without a teacher, else with a KL divergence as well."""
-    student = DistilBertForSequenceClassification(student_config).to(device).train()
+    # With attention dropout, PyTorch's fused attention falls back to its slow path on a CPU.
+    student = pair.student(attention_dropout=0.0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     if teacher is None:
 
@@ -154,13 +108,13 @@ def training_step(student_config, teacher, data, collate, device) -> Step:
     else:
         objective = DistillationObjective({"ce": CrossEntropyLoss(), "kl": KLDivergenceLoss(2.0)})
         model = DistillationModel(student, objective, teacher.config).train()
-        answers = bind_teacher(teacher, student_config, objective)
+        answers = bind_teacher(teacher, student.config, objective)
 
         def loss_of(batch: dict[str, Any]) -> torch.Tensor:
             return model(teacher=answers(batch), **batch).loss
 
     def step(rows: list[int]) -> None:
-        batch = {name: value.to(device) for name, value in collate(data.__getitems__(rows)).items()}
+        batch = {name: value.to(pair.device) for name, value in collate(data.__getitems__(rows)).items()}
         loss_of(batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -168,9 +122,9 @@ def training_step(student_config, teacher, data, collate, device) -> Step:
     return step
 
 
-def measure_fill(teacher, data, tokenizer, options) -> dict[str, float]:
+def measure_fill(teacher: PreTrainedModel, data: Dataset, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of filling a cache and of the bare forward passes, and the ratio of their speeds."""
-    device = next(teacher.parameters()).device
+    device, tokenizer = teacher.device, padder()
     rows = data.select_columns(["input_ids", "attention_mask"]).to_list()
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     size = options.fill_batch_size

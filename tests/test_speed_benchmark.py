@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
+import torch.nn.functional as F
+import yaml
+
+from distill_nlp import DistillationTrainer
+from distill_nlp.cli import main
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "speed"
-sys.path.insert(0, str(FOLDER))
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
+import capturing  # noqa: E402
+import idle  # noqa: E402
 import loops  # noqa: E402
+import measuring  # noqa: E402
+import plain  # noqa: E402
+import whole  # noqa: E402
 import workloads  # noqa: E402
+from page_blocks import put_blocks  # noqa: E402
 
 # Not as `run`, which is also the name of another benchmark's.
 _spec = importlib.util.spec_from_file_location("speed_run", FOLDER / "run.py")
@@ -22,7 +36,9 @@ run = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(run)
 
 PAIR = workloads.Pair("tiny", torch.device("cpu"))
-OPTIONS = argparse.Namespace(rows=8, rounds=1, batches="4x64", longest=16, models="tiny")
+OPTIONS = argparse.Namespace(
+    rows=8, rounds=1, batches="4x64", longest=16, models="tiny", compile=False, tokens=[16], maps="mse"
+)
 
 
 def grouped_rows():
@@ -41,25 +57,31 @@ def test_grouped_batches_hold_each_row_once_and_pad_less():
 
 
 @pytest.fixture
-def after(monkeypatch):
+def students(monkeypatch):
+    """The students that are made from now on; they have no dropout."""
+    found, make = [], workloads.Pair.student
+
+    def student(self, attention_dropout):
+        made = make(self, attention_dropout)
+        for module in made.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        found.append(made)
+        return made
+
+    monkeypatch.setattr(workloads.Pair, "student", student)
+    return found
+
+
+@pytest.fixture
+def after(students):
     """`after(way)`: the student's weights when a way has trained once over the rows."""
 
     def train(way):
-        students, make = [], workloads.Pair.student
-
-        def student(self, attention_dropout):
-            made = make(self, attention_dropout)
-            for module in made.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-            students.append(made)
-            return made
-
-        monkeypatch.setattr(workloads.Pair, "student", student)
         seconds, busy = way.on(PAIR, grouped_rows(), 8)(0)
         assert seconds > 0
         assert busy > 0
-        return [parameter.detach().clone() for parameter in students[0].parameters()]
+        return [parameter.detach().clone() for parameter in students[-1].parameters()]
 
     return train
 
@@ -90,10 +112,11 @@ def test_ways_that_should_train_alike_do(after, way):
     assert apart < 0.02 * moved
 
 
-@pytest.mark.parametrize("part", ["steps", "defaults"])
-def test_each_part_gives_a_table(part):
+@pytest.mark.parametrize("part", ["steps", "defaults", "capture"])
+def test_each_part_gives_a_table(part, monkeypatch):
+    monkeypatch.setattr(capturing, "peak", lambda way, *_: {"eager": 50, "capture": 20, "kl": 10}[way.way] * 2**20)
     for title, found in run.PART[part](PAIR, OPTIONS):
-        text = run.table(title, found)
+        text = measuring.table(title, found)
         assert all(f"| {name} | " in text for name in found)
         assert next(iter(found.values()))["ratio"] == 1
         assert all(figures["seconds"] > 0 for figures in found.values())
@@ -109,12 +132,294 @@ def test_a_round_starts_with_another_variant_and_ratios_are_of_one_round():
 
         return once
 
-    found = run.measured({"a": takes("a", 2.0), "b": takes("b", 3.0)}, rounds=3)
+    found = measuring.measured({"a": takes("a", 2.0), "b": takes("b", 3.0)}, rounds=3)
     assert asked == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert found["b"]["range"] == [1.5, 1.5]
     assert found["b"]["seconds"] == 6.0
 
 
-def test_the_command_that_is_shown_holds_no_path_of_this_machine():
-    given = ["--parts", "steps", "--json", "/home/someone/speed.json", "--rows", "8", "--write", "--json=/home/x"]
-    assert run.shown_command(given) == "python benchmarks/speed/run.py --parts steps --rows 8"
+@pytest.mark.parametrize(
+    ("given", "part", "shown"),
+    [
+        (
+            ["--parts", "steps", "--json", "/home/someone/speed.json", "--rows", "8", "--write", "--json=/home/x"],
+            None,
+            "--parts steps --rows 8",
+        ),
+        (
+            ["--idle", "--data", "/home/a", "--teacher=/home/b", "--parts=steps,whole", "--work", "/home/c"],
+            "whole",
+            "--parts whole --idle --data DATA --teacher CHECKPOINT --work DIR",
+        ),
+        (["--settings", "--training.bf16 true"], "whole", "--parts whole --settings '--training.bf16 true'"),
+        (["--compile", "--rounds", "2"], "levers", "--parts levers --compile --rounds 2"),
+    ],
+)
+def test_the_command_that_is_shown_holds_no_path_of_this_machine(given, part, shown):
+    assert run.shown_command(given, part) == f"python benchmarks/speed/run.py {shown}"
+
+
+# ---- attention losses by capture and by eager maps ----
+
+
+@pytest.mark.parametrize("layers", ["uniform", "last"])
+@pytest.mark.parametrize("maps", ["mse", "kl"])
+def test_capture_and_eager_maps_give_the_same_loss_and_gradients(students, layers, maps):
+    batch = workloads.fixed_rows(3, 12).with_format("torch")[:]
+    found = []
+    for way in ("capture", "eager"):
+        _, loss_of = capturing.Featured(way, layers, maps).loss_on(PAIR)
+        loss = loss_of(batch)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in students[-1].parameters() if p.grad is not None]))
+    (captured, gradients), (eager, others) = found
+    torch.testing.assert_close(captured, eager, rtol=1e-5, atol=1e-7)
+    assert len(gradients) == len(others) > 10
+    for a, b in zip(gradients, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    _, alone = capturing.Featured("kl").loss_on(PAIR)
+    assert float(alone(batch).detach()) < float(captured)
+
+
+def test_only_the_eager_way_asks_for_maps_of_eager_attention(students, monkeypatch):
+    teachers, make = [], workloads.Pair.teacher
+    monkeypatch.setattr(workloads.Pair, "teacher", lambda self: teachers.append(make(self)) or teachers[-1])
+    for way in ("eager", "capture", "kl"):
+        capturing.Featured(way).loss_on(PAIR)
+    attention = [
+        (s.config._attn_implementation, t.config._attn_implementation) for s, t in zip(students, teachers, strict=True)
+    ]
+    assert attention[0] == ("eager", "eager")
+    assert not any("eager" in name for names in attention[1:] for name in names)
+
+
+def test_memory_is_that_above_the_divergence_alone(monkeypatch):
+    monkeypatch.setattr(capturing, "peak", lambda way, *_: {"eager": 50, "capture": 20, "kl": 10}[way.way] * 2**20)
+    found = capturing.costs(PAIR, 2, 8, 2, "last", "kl", rounds=1)
+    assert found["capture"]["above_kl_mib"] == 10
+    assert found["capture"]["memory_ratio"] == 0.25
+    assert "memory_ratio" not in found["KL alone"]
+    monkeypatch.setattr(capturing, "peak", lambda way, *_: {"eager": 11, "capture": 20, "kl": 10}[way.way] * 2**20)
+    assert capturing.costs(PAIR, 2, 8, 2, "last", "kl", rounds=1)["capture"]["memory_ratio"] is None
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_step_is_measured_in_a_process_of_its_own():
+    """The maps alone are 2 x 64 x 2 x 256 x 256 x 4 bytes = 64 MiB in the teacher."""
+    peaks = {way: capturing.peak(capturing.Featured(way), PAIR, 64, 256) for way in ("eager", "kl")}
+    assert peaks["eager"] > peaks["kl"] + 60 * 2**20
+    assert peaks["kl"] > 0
+
+
+# ---- whole runs ----
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+def test_the_plain_loss_is_the_weighted_sum(make_student, make_teacher, tmp_path, ce_weight):
+    student, teacher = make_student(dropout=0.0), make_teacher()
+    arguments = helpers.make_arguments(tmp_path)
+    trainer = plain.PlainDistiller(student, arguments, teacher=teacher, ce_weight=ce_weight, kl_weight=0.7)
+    batch = helpers.make_batch()
+    batch.pop("token_type_ids")
+    labels, inputs = batch["labels"], {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits, target = (model.eval()(**inputs).logits for model in (student, teacher))
+    p, q = ((z.double() / plain.TEMPERATURE).softmax(-1) for z in (target, logits))
+    expected = 0.7 * plain.TEMPERATURE**2 * (p * (p / q).log()).sum(-1).mean()
+    expected = expected + ce_weight * F.cross_entropy(logits.double(), labels)
+    loss = trainer.compute_loss(student.train(), dict(batch))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.requires_grad
+    # In evaluation the teacher does not run.
+    trainer.teacher = None
+    evaluated = trainer.compute_loss(student.eval(), dict(batch))
+    assert evaluated.item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+@pytest.fixture
+def runs(experiment, tmp_path, monkeypatch, no_doctor):
+    """`runs(**changes)`: the options of the part, on tiny models and rows; its processes run in this one."""
+    settings = yaml.safe_load(experiment(losses={"ce": {}, "kl": {}}, seeds=[7]).read_text())
+    settings["training"] = {"per_device_train_batch_size": 16}
+    settings["teacher"]["training"] = {"max_steps": 2, "eval_strategy": "no"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    commands = []
+
+    def timed(command):
+        commands.append(command)
+        if command[1] == "-m":
+            assert main(command[3:]) == 0
+        else:
+            plain.main(command[2:])
+        return 10.0 + len(commands), 1.0
+
+    for module, name, value in (
+        (whole, "RECIPE", recipe),
+        (whole, "MAX_LENGTH", 16),
+        (plain, "MAX_LENGTH", 16),
+        (whole, "timed", timed),
+        (whole, "in_a_process_of_its_own", lambda function, *arguments: function(*arguments)),
+    ):
+        monkeypatch.setattr(module, name, value)
+    places = {"data": tmp_path / "data", "teacher": tmp_path / "backbone", "work": tmp_path / "work"}
+
+    def options(**changes):
+        return argparse.Namespace(**places | {"seeds": [0], "epochs": 1.0, "settings": "", "idle": False} | changes)
+
+    options.commands = commands
+    return options
+
+
+def test_whole_runs_are_timed_once_with_accuracy_and_idle_share(runs, tmp_path):
+    step = DistillationTrainer.training_step
+    (title, both), (_, stages), (_, busy) = whole.tables(runs(idle=True))
+    assert "40 train, 12 validation, 16 test" in title
+    # The teacher took 11 s, then came the plain way, 12 s, and ours.
+    assert both[whole.PLAIN]["seconds"] == 12
+    assert both[whole.OURS]["ratio"] == pytest.approx(13 / 12)
+    accuracies = [figures["accuracy"] for figures in both.values()]
+    assert [len(found) for found in accuracies] == [1, 1, 1]
+    assert all(0 <= found[0] <= 1 and found[0] * 16 == int(found[0] * 16) for found in accuracies)
+    seconds = {name: figures["seconds"] for name, figures in stages.items()}
+    trained = seconds.pop("student: training and evaluation alone")
+    assert seconds == {"teacher, for both": 11, "student": 13, "baseline": 14, "report": 15}
+    run_folder = tmp_path / "work" / "seed-0" / "run"
+    assert trained == json.loads((run_folder / "student" / "seed-0" / "stage.json").read_text())["seconds"]
+    assert (run_folder / "report.md").is_file()
+
+    parts = [busy[name]["seconds"] for name in (*idle.WORK, idle.IDLE)]
+    assert all(value > 0 for value in parts)
+    assert sum(parts) == pytest.approx(busy[idle.STAGE]["seconds"])
+    assert busy[idle.STAGE]["share"] == 1
+    assert "share" not in busy[idle.BEFORE]
+    assert DistillationTrainer.training_step is step
+    assert "| forward and backward |" in measuring.table("", busy)
+
+    # Again: what is finished is not done again; with another setting the students are, and the teacher is not.
+    count = len(runs.commands)
+    (_, again), _ = whole.tables(runs())
+    assert len(runs.commands) == count == 5
+    assert again[whole.OURS]["seconds"] == 13
+    next(iter(whole.tables(runs(settings="--training.bf16 true"))))
+    assert len(runs.commands) == 6
+    assert runs.commands[-1][-2:] == ["--training.bf16", "true"]
+
+
+def test_both_ways_start_from_the_same_weights(runs, monkeypatch):
+    started = []
+    train = plain.Trainer.train
+
+    def keep(trainer, *arguments, **settings):
+        student = getattr(trainer, "student", trainer.model)
+        started.append({name: p.detach().clone() for name, p in student.named_parameters()})
+        return train(trainer, *arguments, **settings)
+
+    monkeypatch.setattr(plain.Trainer, "train", keep)
+    found = whole.WholeRuns(runs())
+    found.make_teacher()
+    started.clear()
+    found.ours(3)
+    found.plain(3)
+    ours, other = started
+    assert ours.keys() == other.keys()
+    assert all(torch.equal(ours[name], other[name]) for name in ours)
+
+
+def test_a_process_that_fails_ends_the_benchmark_and_leaves_no_time(runs, monkeypatch, tmp_path):
+    def failing(command):
+        raise SystemExit("exit code 2 of: it")
+
+    monkeypatch.setattr(whole, "timed", failing)
+    with pytest.raises(SystemExit, match="exit code 2"):
+        next(iter(whole.tables(runs())))
+    assert not list((tmp_path / "work").rglob("*.json"))
+
+
+def test_rows_that_do_not_serve_are_refused_in_one_line(runs, tmp_path):
+    for data in (tmp_path / "nowhere", helpers.write_rows_of_several_labels(tmp_path / "several")):
+        with pytest.raises(SystemExit, match="expected a folder with train, validation, test of text and label"):
+            next(iter(whole.tables(runs(data=data))))
+
+
+@pytest.mark.slow
+def test_a_command_is_timed_with_its_children_and_its_failure_ends_it():
+    busy = "import time; start = time.process_time()\nwhile time.process_time() < start + 0.3: pass"
+    wall, cpu = whole.timed([sys.executable, "-c", busy])
+    assert wall > 0.3
+    assert cpu > 0.3
+    failing = [sys.executable, "-c", "raise SystemExit(3)"]
+    with pytest.raises(SystemExit, match="exit code 3 of: ") as error:
+        whole.timed(failing)
+    assert shlex.join(failing) in str(error.value)
+
+
+# ---- the page ----
+
+
+def test_a_part_that_was_run_takes_its_place_and_the_others_stay(tmp_path, monkeypatch):
+    page = tmp_path / "SPEED.md"
+    page.write_text(
+        "above\n<!-- speed: begin -->\n<!-- part start -->\nold start\n\n<!-- part steps -->\nold steps\n"
+        "<!-- speed: end -->\nbelow\n"
+    )
+    monkeypatch.setattr(run, "PAGE", page)
+    figures = {"a": {"seconds": 1.0, "ratio": 1.0, "range": [1.0, 1.0]}, "b": {"seconds": 2.0, "ratio": None}}
+    monkeypatch.setitem(run.PART, "start", lambda pair, options: [("new start", figures)])
+    monkeypatch.setitem(run.PART, "levers", lambda pair, options: [("new levers", figures)])
+    json_file = tmp_path / "speed.json"
+    words = ["run.py", "--parts", "levers,start", "--rounds", "2", "--write", "--json", str(json_file)]
+    monkeypatch.setattr("sys.argv", words)
+    run.main()
+    text = page.read_text()
+    parts = ["above\n<!-- speed: begin -->", "part levers", "--parts levers --rounds 2\n", "**new levers**"]
+    parts += ["part start", "--parts start --rounds 2\n", "**new start**", "part steps -->\nold steps"]
+    places = [text.index(part) for part in [*parts, "<!-- speed: end -->\nbelow\n"]]
+    assert places == sorted(places)
+    assert "old start" not in text
+    assert text.count("| a | 1.00 | 1.00 | 1.00 … 1.00 |\n| b | 2.00 |  |  |") == 2
+    assert json.loads(json_file.read_text())["levers"]["new levers"] == figures
+    run.main()
+    assert page.read_text() == text
+
+
+def test_a_page_without_marks_is_not_written(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- speed: begin -->\nno end\n")
+    with pytest.raises(SystemExit, match="has no lines"):
+        put_blocks(page, "speed", "part", {"steps": "table"})
+    assert page.read_text() == "<!-- speed: begin -->\nno end\n"
+
+
+def test_the_page_has_a_block_for_each_part_that_was_measured():
+    there = (FOLDER.parent / "SPEED.md").read_text(encoding="utf-8").partition("<!-- speed: begin -->")[2]
+    blocks = there.partition("<!-- speed: end -->")[0].split("<!-- part ")[1:]
+    names = [block.partition(" -->")[0] for block in blocks]
+    assert names == sorted(set(names) & set(run.PART))
+    assert all("python benchmarks/speed/run.py --parts" in block for block in blocks)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--parts", "steps,nonsense"], "unknown: nonsense; there are steps, "),
+        (["--parts", "whole", "--data", "x"], "the part whole needs --data, --teacher and --work"),
+        (["--parts", "whole", "--seeds", "a"], "invalid"),
+    ],
+)
+def test_arguments_that_do_not_serve_are_refused(words, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run.py", *words])
+    with pytest.raises(SystemExit) as error:
+        run.main()
+    assert error.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_compiled_student_is_a_lever_on_request(compiled, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(run, "measured", lambda passes, rounds: asked.update(passes) or {})
+    monkeypatch.setattr(loops.Bare, "on", lambda way, pair, data, size: way.compiled)
+    list(run.levers(PAIR, argparse.Namespace(**vars(OPTIONS) | {"compile": compiled})))
+    assert sum(asked.values()) == compiled
+    assert len(asked) == len(loops.LEVERS) + compiled

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from scores import SetScores
 
 from distill_nlp.report.statistics import gap_closed
 
-_BLOCK = re.compile(r"<!-- set (\S+) -->")
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from page_blocks import put_blocks
 
 
 def write_section(
@@ -32,15 +33,8 @@ def write_section(
     """
     tables = {scores.name: _table(scores) for scores in sets}
     if commands is not None:
-        begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-        before, _, rest = results.read_text(encoding="utf-8").partition(begin)
-        there, found, after = rest.partition(end)
-        if not found:
-            raise SystemExit(f"{results} has no lines {begin} and {end} to put the tables between")
-        blocks = {name: body.strip() for name, body in zip(*[iter(_BLOCK.split(there)[1:])] * 2, strict=True)}
-        blocks |= {name: f"```\n{commands[name]}\n```\n\n{table}" for name, table in tables.items()}
-        body = "\n\n".join(f"<!-- set {name} -->\n{blocks[name]}" for name in sorted(blocks))
-        results.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
+        texts = {name: f"```\n{commands[name]}\n```\n\n{table}" for name, table in tables.items()}
+        put_blocks(results, mark, "set", texts)
     return "\n\n".join(tables.values())
 
 

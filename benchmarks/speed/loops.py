@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from measuring import Pass, Seconds
+from plain import TEMPERATURE, PlainDistiller, divergence
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from workloads import Pair, batches_of, padder
 
@@ -25,12 +27,7 @@ from distill_nlp import (
     cache_teacher_logits,
 )
 
-TEMPERATURE = 2.0
 LEARNING_RATE = 1e-5
-Seconds = tuple[float, float]
-"""Wall and CPU time."""
-Pass = Callable[[int], Seconds]
-"""Trains once over all rows, in an order that its argument seeds."""
 
 
 def wait_for(device: torch.device) -> None:
@@ -174,7 +171,7 @@ class Trained:
             args = DistillationArguments(**arguments)
             trainer = DistillationTrainer(args=args, train_dataset=rows, teacher=teacher, losses=losses, **common)
         else:
-            kind, given = (_Plain, {"teacher": pair.teacher()}) if self.kind == "plain" else (Trainer, {})
+            kind, given = (PlainDistiller, {"teacher": pair.teacher()}) if self.kind == "plain" else (Trainer, {})
             args = TrainingArguments(**arguments)
             trainer = kind(args=args, train_dataset=data, **common, **given)
 
@@ -192,22 +189,6 @@ class Trained:
 _LOSSES = {"hidden": HiddenStateLoss, "attention": AttentionLoss}
 
 
-class _Plain(Trainer):
-    """What most tutorials show."""
-
-    def __init__(self, *arguments: Any, teacher: torch.nn.Module, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.teacher = teacher
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs.pop("labels")
-        output = model(**inputs)
-        with torch.no_grad():
-            target = self.teacher(**inputs).logits
-        loss = divergence(output.logits.float(), target.float())
-        return (loss, output) if return_outputs else loss
-
-
 class _Timer(TrainerCallback):
     """From the first step's beginning to the last one's end: what an epoch takes, without setting up."""
 
@@ -219,12 +200,6 @@ class _Timer(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **_):
         self.clock.passed = self.clock.stop()
-
-
-def divergence(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """KL divergence at a temperature, times its square."""
-    logs = (F.log_softmax(z / TEMPERATURE, dim=-1) for z in (logits, target))
-    return TEMPERATURE**2 * F.kl_div(*logs, reduction="batchmean", log_target=True)
 
 
 @contextmanager

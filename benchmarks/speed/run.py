@@ -1,20 +1,22 @@
-"""What a distillation step costs: beside its floor, with each lever, and from `import` to the first line of help.
+"""What a distillation costs: a step beside its floor, with each lever and each way to maps, whole runs, and start-up.
 
-    python benchmarks/speed/run.py                                  # steps, levers, start; writes nothing
+    python benchmarks/speed/run.py                                  # steps, defaults, levers, start; writes nothing
     python benchmarks/speed/run.py --parts steps --rounds 5 --rows 64 --json FILE
-    python benchmarks/speed/run.py --write                          # puts the tables into benchmarks/SPEED.md
+    python benchmarks/speed/run.py --parts capture                  # attention losses by capture and by eager maps
+    python benchmarks/speed/run.py --parts whole --data DATA --teacher CHECKPOINT --work DIR --seeds 0,1,2 --idle
     python benchmarks/speed/run.py --parts accelerator --models base        # tokens per second and utilisation of a GPU
+    python benchmarks/speed/run.py ... --write      # puts the tables of these parts into benchmarks/SPEED.md
 
 All variants of a part train over the same rows in turn, round after round, in an order that moves on by one each round;
 each time is divided by that of the part's first variant in the same round. Shown are the median of these ratios and
-their range. The first pass of each is not counted. Weights and tokens are random.
+their range. The first pass of each is not counted. Weights and tokens are random, but for those of `whole`, where a
+round is a seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import shlex
 import subprocess
 import sys
 import time
@@ -22,12 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loops import LEVERS, Bare, Pass, Trained
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import capturing
+import whole
+from loops import LEVERS, Bare, Trained
+from measuring import Pass, measured, table
+from page_blocks import put_blocks
 from workloads import MODELS, Pair, batches_of, fixed_rows, imdb_rows, machine, padded_share
 
+from distill_nlp.durable_files import write_json
+
 PAGE = Path(__file__).resolve().parents[1] / "SPEED.md"
-BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
-PARTS = ("steps", "defaults", "levers", "start", "accelerator")
+FLAGS = ("--compile", "--idle")
 # Dense bfloat16 FLOP/s, by the maker's data sheet.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
 # Fused AdamW, as the Trainer's own default is.
@@ -49,8 +58,28 @@ DEFAULTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="steps,defaults,levers,start", help=f"of {','.join(PARTS)}")
+    options = _arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pair = Pair(options.models, device)
+    figures: dict[str, Any] = {"command": shown_command(sys.argv[1:]), "machine": machine(device)}
+    for part in options.parts:
+        texts = [f"```\n{shown_command(sys.argv[1:], part)}\n```", machine_line(figures["machine"])]
+        for title, found in PART[part](pair, options):
+            figures.setdefault(part, {})[title] = found
+            texts.append(table(title, found))
+            print(f"{texts[-1]}\n", flush=True)
+        # After each part: the next one may take hours.
+        if options.json:
+            write_json(options.json, figures)
+        if options.write:
+            put_blocks(PAGE, "speed", "part", {part: "\n\n".join(texts)})
+
+
+def _arguments() -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    # `shown_command` knows whole names.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("--parts", type=_listed, default="steps,defaults,levers,start", help=f"of {','.join(PART)}")
     parser.add_argument("--models", choices=list(MODELS), default="minilm", help="sizes of the pair [minilm]")
     parser.add_argument("--batches", default="16x128,8x512", help="of the part steps: rows x tokens")
     parser.add_argument("--rows", type=int, default=128, help="of a pass [128]")
@@ -58,23 +87,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="all figures")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/SPEED.md")
+    parser.add_argument("--compile", action="store_true", help="levers: torch.compile'd student as well")
+    capture = parser.add_argument_group("the part capture")
+    capture.add_argument("--tokens", type=_numbers, default="128,256,512", help="of a row [128,256,512]")
+    capture.add_argument("--maps", choices=("mse", "kl"), default="mse", help="how attention maps are compared [mse]")
+    runs = parser.add_argument_group("the part whole")
+    runs.add_argument("--data", metavar="DIR", help="train, validation and test of text and label, as imdb-small")
+    runs.add_argument("--teacher", metavar="DIR", help="BERT checkpoint that teacher and student are made from")
+    runs.add_argument("--work", metavar="DIR", help="folder for the runs; what is finished there is not done again")
+    runs.add_argument("--seeds", type=_numbers, default="0", help="[0]")
+    runs.add_argument("--epochs", type=float, default=3, help="[3]")
+    runs.add_argument("--settings", default="", help="of distill-nlp run, for students alone: '--training.bf16 true'")
+    runs.add_argument("--idle", action="store_true", help="another run: what the student's stage is busy with")
     options = parser.parse_args()
-    parts = options.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--parts knows {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pair = Pair(options.models, device)
-    figures: dict[str, Any] = {"command": shown_command(sys.argv[1:]), "machine": machine(device)}
-    texts = [f"```\n{figures['command']}\n```", machine_line(figures["machine"])]
-    for part in parts:
-        for title, found in PART[part](pair, options):
-            figures.setdefault(part, {})[title] = found
-            texts.append(table(title, found))
-            print(f"{texts[-1]}\n", flush=True)
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
-    if options.write:
-        write("\n\n".join(texts))
+    if "whole" in options.parts and None in (options.data, options.teacher, options.work):
+        parser.error("the part whole needs --data, --teacher and --work")
+    return options
+
+
+def _listed(text: str) -> list[str]:
+    parts = text.split(",")
+    if unknown := sorted(set(parts) - set(PART)):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(PART)}")
+    return parts
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def steps(pair: Pair, options: argparse.Namespace):
@@ -98,12 +137,23 @@ def levers(pair: Pair, options: argparse.Namespace):
     """Each lever on a bare loop."""
     data, source = imdb_rows(4 * options.rows, options.longest)
     shares = [padded_share(data, batches_of(data, 16, grouped, 0)) for grouped in (False, True)]
-    passes = {name: way.on(pair, data, 16) for name, way in LEVERS.items()}
+    ways = LEVERS | ({"torch.compile'd student": Bare(compiled=True)} if options.compile else {})
+    passes = {name: way.on(pair, data, 16) for name, way in ways.items()}
     title = (
         f"levers on a bare loop, {len(data)} rows, {source} cut at {options.longest}, batches of 16 "
         f"(tokens computed for each real one: {shares[0]:.2f} at random, {shares[1]:.2f} grouped)"
     )
     yield title, measured(passes, options.rounds)
+
+
+def capture(pair: Pair, options: argparse.Namespace):
+    """Losses of states and maps by capture and in the usual way, in batches of 8."""
+    for tokens in options.tokens:
+        count = max(8, options.rows * 128 // tokens // 8 * 8)
+        for layers, shown in (("uniform", "all mapped layers"), ("last", "the last layer alone")):
+            found = capturing.costs(pair, 8, tokens, count, layers, options.maps, options.rounds)
+            title = f"KL + hidden + attention ({options.maps}) of {shown}, {count // 8} steps of 8x{tokens}, fp32"
+            yield title, found
 
 
 def start(pair: Pair, options: argparse.Namespace):
@@ -156,70 +206,40 @@ def flops_of_a_token(pair: Pair, tokens: int) -> float:
     return block * (teacher + 3 * student)
 
 
-PART = {"steps": steps, "defaults": defaults, "levers": levers, "start": start, "accelerator": accelerator}
-
-
-def measured(passes: dict[str, Pass], rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds of each, and ratios to the first in the same round."""
-    names = list(passes)
-    for name in names:
-        passes[name](0)
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for i in range(len(names)):
-            name = names[(i + turn) % len(names)]
-            seconds, busy = passes[name](turn + 1)
-            wall[name].append(seconds)
-            cpu[name].append(busy)
-    first = names[0]
-    found = {}
-    for name in names:
-        ratios = [a / b for a, b in zip(wall[name], wall[first], strict=True)]
-        busy = [a / b for a, b in zip(cpu[name], cpu[first], strict=True)]
-        found[name] = {
-            "seconds": statistics.median(wall[name]),
-            "ratio": statistics.median(ratios),
-            "range": [min(ratios), max(ratios)],
-            "cpu_ratio": None if busy[0] != busy[0] else statistics.median(busy),
-        }
-    return found
-
-
-def table(title: str, found: dict[str, dict[str, Any]]) -> str:
-    """The figures as Markdown."""
-    extra = [key for key in ("tokens_per_second", "utilisation", "peak_gib") if any(key in f for f in found.values())]
-    head = ["", "seconds", "time ×", "range", "CPU time ×", *(key.replace("_", " ") for key in extra)]
-    lines = [f"**{title}**", "", "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for name, figures in found.items():
-        low, high = figures["range"]
-        cells = [name, f"{figures['seconds']:.2f}", f"{figures['ratio']:.2f}", f"{low:.2f} … {high:.2f}"]
-        cells.append("" if figures["cpu_ratio"] is None else f"{figures['cpu_ratio']:.2f}")
-        cells += ["" if figures.get(key) is None else f"{figures[key]:,.2f}" for key in extra]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+PART = {
+    "steps": steps,
+    "defaults": defaults,
+    "levers": levers,
+    "capture": capture,
+    "whole": lambda pair, options: whole.tables(options),
+    "start": start,
+    "accelerator": accelerator,
+}
 
 
 def machine_line(found: dict[str, Any]) -> str:
     return f"{found['name']} ({found['device']}, {found['threads']} threads), torch {found['torch']}."
 
 
-def shown_command(arguments: list[str]) -> str:
-    """What to type for the same figures, without where they go."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not (skip or argument in ("--write", "--json") or argument.startswith("--json=")):
-            kept.append(argument)
-        skip = argument == "--json"
-    return " ".join(["python benchmarks/speed/run.py", *kept])
+def shown_command(arguments: list[str], part: str | None = None) -> str:
+    """What to type for the same figures, without where they go, and with names in the place of this machine's folders.
 
-
-def write(text: str) -> None:
-    """Puts the tables between the marks of the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    Args:
+        arguments: as they were typed.
+        part: that alone, instead of all.
+    """
+    names = {"--data": "DATA", "--teacher": "CHECKPOINT", "--work": "DIR"}
+    shown = [] if part is None else ["--parts", part]
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--write":
+            continue
+        value = (value if equals else next(words)) if name not in FLAGS else None
+        if name == "--json" or (name == "--parts" and part is not None):
+            continue
+        shown += [name] if value is None else [name, names.get(name, shlex.quote(value))]
+    return " ".join(["python benchmarks/speed/run.py", *shown])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 VOCABULARY = 30522
-SHARED = Path(__file__).resolve().parents[3] / "shared"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Width, heads, layers of the teacher, layers of the student.
 MODELS = {"tiny": (64, 2, 2, 1), "minilm": (384, 12, 6, 3), "base": (768, 12, 12, 6)}
 _MEGABATCH = 50
