@@ -336,10 +336,60 @@ def test_a_process_that_fails_ends_the_benchmark_and_leaves_no_time(runs, monkey
     assert not list((tmp_path / "work").rglob("*.json"))
 
 
-def test_rows_that_do_not_serve_are_refused_in_one_line(runs, tmp_path):
-    for data in (tmp_path / "nowhere", helpers.write_rows_of_several_labels(tmp_path / "several")):
-        with pytest.raises(SystemExit, match="expected a folder with train, validation, test of text and label"):
-            next(iter(whole.tables(runs(data=data))))
+def test_what_was_killed_begins_anew(runs, tmp_path):
+    found = whole.WholeRuns(runs())
+    found.make_teacher()
+    for way, folder in ((found.ours, found.student_folder(0)), (found.plain, found.plain_folder(0))):
+        folder.mkdir(parents=True)
+        (folder / "half-written").touch()
+        way(0)
+        assert (folder / "model.safetensors").is_file()
+        assert not (folder / "half-written").exists()
+    # The time of a student that is made again under other settings is not that of the one before.
+    more = whole.WholeRuns(runs(settings="--training.bf16 true"))
+    more.ours(0)
+    assert json.loads((tmp_path / "work" / "seed-0" / "student.json").read_text())["command"][-1] == "true"
+
+
+def test_each_seed_begins_with_the_other_way(runs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(whole.WholeRuns, "make_teacher", lambda self: (1.0, 1.0))
+    monkeypatch.setattr(whole.WholeRuns, "plain", lambda self, seed: asked.append(("plain", seed)) or (4.0, 1.0))
+    monkeypatch.setattr(whole.WholeRuns, "ours", lambda self, seed: asked.append(("ours", seed)) or (2.0 + seed, 1.0))
+    monkeypatch.setattr(whole.WholeRuns, "accuracy", lambda self, folder: len(folder.parts) / 100)
+    _, found = next(iter(whole.tables(runs(seeds=[0, 1]))))
+    assert asked == [("plain", 0), ("ours", 0), ("ours", 1), ("plain", 1)]
+    assert found[whole.OURS]["range"] == [0.5, 0.75]
+    assert found[whole.OURS]["accuracy"][0] > found[whole.PLAIN]["accuracy"][0]
+
+
+def test_an_idle_share_of_a_run_that_failed_or_trained_nothing_is_none(runs, tmp_path):
+    found = whole.WholeRuns(runs())
+    with pytest.raises(SystemExit, match="ended with code 2 or trained no student"):
+        idle.shares(["run", str(tmp_path / "nothing.yaml")])
+    found.make_teacher()
+    # The teacher is there: nothing is done.
+    with pytest.raises(SystemExit, match="ended with code 0 or trained no student"):
+        idle.shares(runs.commands[0][3:])
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ({"data": "nowhere"}, "expected a folder with files train, validation, test of the columns text and label"),
+        ({"data": "backbone"}, "expected a folder with files train, validation, test"),
+        ({"data": "several"}, "expected a folder with files train, validation, test"),
+        ({"teacher": "data"}, "found no config.json"),
+        ({"teacher": "finished"}, "is a classifier for these labels already"),
+    ],
+)
+def test_what_does_not_serve_is_refused_in_one_line(runs, tmp_path, place, said):
+    helpers.write_rows_of_several_labels(tmp_path / "several")
+    helpers.make_teacher(**helpers.label_config(helpers.BINARY)).save_pretrained(tmp_path / "finished")
+    helpers.make_tokenizer().save_pretrained(tmp_path / "finished")
+    with pytest.raises(SystemExit, match=said) as error:
+        next(iter(whole.tables(runs(**{name: tmp_path / folder for name, folder in place.items()}))))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

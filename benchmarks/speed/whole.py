@@ -75,7 +75,7 @@ class WholeRuns:
             the teacher is made from; `work`, a folder; `seeds`; `epochs`; `settings`, more of `distill-nlp run`.
 
     Raises:
-        SystemExit: there are no such rows.
+        SystemExit: there are no such rows, or no such checkpoint.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -84,6 +84,8 @@ class WholeRuns:
         )
         self.seeds, self.epochs = options.seeds, options.epochs
         self.title = f"{self.data.name}: {_counted(self.data)}, seeds {', '.join(map(str, self.seeds))}"
+        if not (self.checkpoint / "config.json").is_file():
+            raise SystemExit(f"--teacher {self.checkpoint}: expected the folder of a checkpoint, found no config.json")
         settings: dict[str, Any] = {
             "data.dataset": self.data,
             "data.validation_split": "validation",
@@ -110,9 +112,19 @@ class WholeRuns:
         return self.work / f"seed-{seed}" / "run"
 
     def make_teacher(self) -> Seconds:
-        """Fine-tunes it, where it is not there."""
+        """Fine-tunes it, where it is not there.
+
+        Raises:
+            SystemExit: there is nothing to fine-tune.
+        """
         run = self.teacher.parent
-        return self._once("teacher", _distill(run, 0, "teacher", self.settings), lambda: _emptied(run))
+        seconds = self._once("teacher", _distill(run, 0, "teacher", self.settings), lambda: _emptied(run))
+        if not self.teacher.exists():
+            raise SystemExit(
+                f"--teacher {self.checkpoint} is a classifier for these labels already, so that no teacher was made: "
+                "give what one is made from"
+            )
+        return seconds
 
     def ours(self, seed: int, stage: str = "student") -> Seconds:
         """A stage of the seed's run: the student, or after it "baseline" or "report", which a user gets besides."""
@@ -198,9 +210,12 @@ def _emptied(folder: Path) -> None:
 
 def _counted(data: Path) -> str:
     """Rows of each split, in words."""
-    found = load_dataset(str(data)) if data.is_dir() else {}
+    found = load_dataset(str(data)) if all(any(data.glob(f"{split}.*")) for split in SPLITS) else {}
     for split in SPLITS:
         features = found[split].features if split in found else {}
         if "text" not in features or getattr(features.get("label"), "dtype", None) != "int64":
-            raise SystemExit(f"--data {data}: expected a folder with {', '.join(SPLITS)} of text and label, from 0")
+            raise SystemExit(
+                f"--data {data}: expected a folder with files {', '.join(SPLITS)} of the columns text and label, whole "
+                "numbers from 0"
+            )
     return ", ".join(f"{len(found[split]):,} {split}" for split in SPLITS)
