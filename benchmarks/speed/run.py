@@ -97,7 +97,9 @@ def _arguments() -> argparse.Namespace:
     runs.add_argument("--work", metavar="DIR", help="folder for the runs; what is finished there is not done again")
     runs.add_argument("--seeds", type=_numbers, default="0", help="[0]")
     runs.add_argument("--epochs", type=float, default=3, help="[3]")
-    runs.add_argument("--settings", default="", help="of distill-nlp run, for students alone: '--training.bf16 true'")
+    runs.add_argument(
+        "--settings", default="", help="of distill-nlp run, for students: '--student.attention_dropout 0'"
+    )
     runs.add_argument("--idle", action="store_true", help="another run: what the student's stage is busy with")
     options = parser.parse_args()
     if "whole" in options.parts and None in (options.data, options.teacher, options.work):

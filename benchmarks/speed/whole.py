@@ -91,7 +91,7 @@ class WholeRuns:
             "data.validation_split": "validation",
             "teacher.model": self.checkpoint,
             # What is set for the students does not change the teacher.
-            "teacher.training.bf16": "false",
+            "teacher.training.precision": "fp32",
             "student.from_teacher.layers": half_of(AutoConfig.from_pretrained(self.checkpoint).num_hidden_layers),
             "losses.ce.weight": 0.3,
             "losses.kl.weight": 0.7,
