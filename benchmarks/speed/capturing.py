@@ -83,17 +83,17 @@ class Featured:
         for model in (student, teacher):
             model.set_attn_implementation("eager")
         depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-        # The embeddings' output is a state and has no map.
-        states, maps = (map_layers(self.layers, *depths, first_layer=first) for first in (0, 1))
+        pairs = map_layers(self.layers, *depths)
 
         def loss_of(batch: Batch) -> torch.Tensor:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
                 target = teacher(**inputs, output_hidden_states=True, output_attentions=True)
             output = student(**inputs, output_hidden_states=True, output_attentions=True)
-            hidden = sum(F.mse_loss(output.hidden_states[s], target.hidden_states[t]) for s, t in states)
-            attention = sum(self._between(output.attentions[s - 1], target.attentions[t - 1]) for s, t in maps)
-            return divergence(output.logits, target.logits) + hidden / len(states) + attention / len(maps)
+            # Of states, the first one is the embeddings' output.
+            hidden = sum(F.mse_loss(output.hidden_states[s], target.hidden_states[t]) for s, t in pairs)
+            attention = sum(self._between(output.attentions[s - 1], target.attentions[t - 1]) for s, t in pairs)
+            return divergence(output.logits, target.logits) + (hidden + attention) / len(pairs)
 
         return loss_of
 
