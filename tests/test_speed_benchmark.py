@@ -365,6 +365,16 @@ def test_each_seed_begins_with_the_other_way(runs, monkeypatch):
     assert found[whole.OURS]["accuracy"][0] > found[whole.PLAIN]["accuracy"][0]
 
 
+def test_only_the_outermost_piece_inside_the_stage_counts():
+    watch = idle.Stopwatch()
+    step = watch.around(idle.STEP, lambda: None)
+    evaluation = watch.around(idle.EVALUATION, step)
+    evaluation()
+    assert set(watch.seconds.values()) == {0.0}
+    watch.around(idle.STAGE, evaluation)()
+    assert {name for name, value in watch.seconds.items() if value} == {idle.EVALUATION, idle.STAGE}
+
+
 def test_an_idle_share_of_a_run_that_failed_or_trained_nothing_is_none(runs, tmp_path):
     found = whole.WholeRuns(runs())
     with pytest.raises(SystemExit, match="ended with code 2 or trained no student"):
