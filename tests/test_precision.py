@@ -242,3 +242,12 @@ def test_the_trials_of_a_sweep_train_as_its_teacher_did(experiment, tmp_path, pr
     trial.settle(as_in=tmp_path / "base")
     assert mixed_precision(trial.experiment.training) == "bf16"
     assert len(asked) == 1
+
+
+def test_a_report_measures_nothing(experiment, prefers):
+    asked = prefers(True)
+    pipeline = Pipeline(load_experiment(experiment()))
+    pipeline.settle(measure=False)
+    assert not asked
+    assert not pipeline.experiment.training.bf16
+    assert not precision.is_open(pipeline.experiment)
