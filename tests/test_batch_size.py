@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,10 +67,10 @@ def needed(subject, rows, part=None) -> int:
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
-@pytest.mark.parametrize("size", [24, 8, 3])
-def test_the_largest_divisor_that_fits_is_taken(subject, monkeypatch, size, who):
+@pytest.mark.parametrize(("fits", "size"), [(24, 24), (11, 8), (5, 4), (3, 3)])
+def test_the_largest_divisor_that_fits_is_taken(subject, monkeypatch, fits, size, who):
     part = None if who == "student" else subject.materials.lead
-    between = (needed(subject, size, part) + needed(subject, size + 1, part)) / 2
+    between = (needed(subject, fits, part) + needed(subject, fits + 1, part)) / 2
     monkeypatch.setattr(fitting, "free_memory", lambda device: (between / 0.7, "system"))
     found, line = fitting_batch_size(subject, 24, part)
     assert found == size
@@ -98,6 +99,8 @@ def test_ranks_share_the_memory_of_a_machine(subject, monkeypatch):
     assert fitting_batch_size(subject, 16)[0] == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert fitting_batch_size(subject, 16)[0] < 16
+    # Each rank has a GPU of its own.
+    assert fitting._copies(SimpleNamespace(device=torch.device("cuda"))) == 1
 
 
 # ---- runs ----
@@ -164,7 +167,7 @@ def test_all_phases_fit(experiment, monkeypatch, tmp_path):
     """The smallest of what their losses leave room for; a phase with its own size keeps it."""
     phases = [{"losses": {"kl": {}}, "training": {"per_device_train_batch_size": 2}}, {"losses": {"ce": {}}}]
     pipeline = Pipeline(load_experiment(experiment(training=AUTO, phases=phases)))
-    fit = {"kl": 8, "ce": 4}
+    fit = {"kl": 4, "ce": 8}
     monkeypatch.setattr(
         settling,
         "fitting_batch_size",

@@ -30,3 +30,8 @@ def test_balanced_class_weights_need_a_row_of_each_class(experiment, tmp_path):
     config = experiment(data__dataset=data, data__label_names=names, losses={"ce": {"class_weights": "balanced"}})
     with pytest.raises(UsageError, match=r"losses\.ce\.class_weights: balanced needs a training row of each class"):
         Materials(load_experiment(config)).new_losses()
+
+
+def test_the_students_attention_dropout_is_that_of_the_settings(experiment):
+    student = Materials(load_experiment(experiment(student__attention_dropout=0.25))).new_student()
+    assert student.config.attention_dropout == 0.25

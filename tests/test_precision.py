@@ -194,6 +194,9 @@ def test_a_run_measures_once_and_goes_on_as_it_began(experiment, tmp_path, prefe
     Pipeline(whole, said.append).run()
     assert precision.is_open(whole)
     assert precisions(tmp_path / "run") == [True] * 3
+    # Results of earlier versions do not know it.
+    record = json.loads((tmp_path / "run" / "student" / "seed-0" / "stage.json").read_text())
+    assert "precision" not in record["fingerprint"]["training"]
     assert len(asked) == 1
     assert 2 < asked[0] <= 16
     assert "precision            bf16: it was measured" in said
