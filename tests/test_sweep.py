@@ -17,6 +17,7 @@ from helpers import BINARY, label_config, make_teacher, make_tokenizer
 from optuna.storages.journal import JournalFileBackend
 from test_sweep_plan import write_sweep
 
+from distill_nlp import settling
 from distill_nlp.cli import main
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.sweep import load_sweep, measure, run_sweep, study, trial
@@ -413,3 +414,15 @@ def test_validation_that_picks_nothing_to_prune_and_points_that_will_fail_are_sa
     assert [found["evaluations"] for found in result["trials"]] == [[], []]
     assert any("eval_strategy is no, so nothing is pruned" in line for line in said)
     assert any(line.startswith("warning: such trials will fail: ") and "temperature" in line for line in said)
+
+
+def test_the_teachers_precision_is_that_of_all_trials_and_of_the_measurement(sweep, tmp_path, monkeypatch):
+    found = iter([(True, "bf16: it was measured")])
+    # Asked again it would fail.
+    monkeypatch.setattr(settling, "prefers_bf16", lambda *arguments: next(found))
+    result = run_sweep(sweep(trials=2))
+    assert states(result) == ["finished"] * 2
+    assert result["teacher"]["value"] is not None
+    for number in (0, 1):
+        record = record_of(tmp_path / "sweep" / "trials" / f"{number:04d}" / "student" / "seed-0")
+        assert record["fingerprint"]["training"]["bf16"] is True
