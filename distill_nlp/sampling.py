@@ -134,7 +134,7 @@ class MixedSampler(Sampler[int]):
     def _order(self, epoch: int) -> np.ndarray:
         """(N,) row numbers of one epoch."""
         full, rest = divmod(self._rows, self._size)
-        whole, last = self._pattern(self._size), self._pattern(rest)
+        whole, last = batch_pattern(self._size, self._ratio), batch_pattern(rest, self._ratio)
         drawn = []
         for kind, is_kind in enumerate((~whole, whole)):
             per_batch, in_last = is_kind.sum(), (last == kind).sum()
@@ -152,13 +152,6 @@ class MixedSampler(Sampler[int]):
             batches = _shuffled(batches, self._lengths, self._ranks, [self._seed, 2, epoch])
         return np.concatenate([batches.reshape(-1), end])
 
-    def _pattern(self, size: int) -> np.ndarray:
-        """(size,) whether a place of a batch is for an unlabelled row, evenly spread."""
-        count = round(self._ratio * size)
-        if size > 1:
-            count = min(max(count, 1), size - 1)
-        return np.diff(np.arange(size + 1) * count // max(size, 1)).astype(bool)
-
     def _draw(self, kind: int, epoch: int, count: int) -> np.ndarray:
         """(count,) rows of a kind: this epoch's part of the endless series of passes."""
         rows = self._kinds[kind]
@@ -169,6 +162,14 @@ class MixedSampler(Sampler[int]):
             for number in passes
         ]
         return np.concatenate([rows[:0], *series])[skipped : skipped + count]
+
+
+def batch_pattern(size: int, ratio: float) -> np.ndarray:
+    """(size,) whether a place of a batch is for an unlabelled row, evenly spread; at least one of each kind."""
+    unlabeled = round(ratio * size)
+    if size > 1:
+        unlabeled = min(max(unlabeled, 1), size - 1)
+    return np.diff(np.arange(size + 1) * unlabeled // max(size, 1)).astype(bool)
 
 
 def _sorted(rows: np.ndarray, lengths: np.ndarray, per_batch: int, full: int, ranks: int) -> np.ndarray:
