@@ -80,7 +80,7 @@ def _trainings(experiment: Experiment) -> dict[str, TrainingSection]:
     """Name -> each training that may take place."""
     students = experiment.student_trainings()
     names = [f"phases.{i}.training" for i in range(len(experiment.phases))] or ["training"]
-    found = {name: own.training for name, own in zip(names, students, strict=True)}
+    found = {name: streamed_training(own.training) for name, own in zip(names, students, strict=True)}
     if any(member.finetune != "never" for member in experiment.teacher.members()):
         found["teacher.training"] = experiment.teacher_training()
     return found

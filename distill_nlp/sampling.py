@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from distill_nlp.arguments import setting_of
 from distill_nlp.losses.base import IGNORE_INDEX
+from distill_nlp.row_numbers import numbers
 
 STRATEGIES = ("random", "sequential", "group_by_length")
 # Rows that Arrow reads at a time: the token ids of a large data set are never in memory as a whole.
@@ -60,7 +61,7 @@ class GroupedSampler(Sampler[int]):
         last = rows[full * self._size :]
         rows = _sorted(rows[: full * self._size], self._lengths, self._size, full, self._ranks)
         batches = _shuffled(rows.reshape(full, self._size), self._lengths, self._ranks, [self._seed, 2, epoch])
-        return iter(np.concatenate([batches.reshape(-1), last]).tolist())
+        return numbers(np.concatenate([batches.reshape(-1), last]))
 
 
 class MixedSampler(Sampler[int]):
@@ -129,7 +130,7 @@ class MixedSampler(Sampler[int]):
         return self._rows
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._order(self._epoch()).tolist())
+        return numbers(self._order(self._epoch()))
 
     def _order(self, epoch: int) -> np.ndarray:
         """(N,) row numbers of one epoch."""
@@ -209,9 +210,8 @@ def grouped_sampler(
     """
     if not _has_columns(data):
         return None
-    known = args.length_column_name in data.column_names
-    name = args.length_column_name if known else "input_ids"
-    if name not in data.column_names:
+    name = next((n for n in (args.length_column_name, "input_ids") if n in data.column_names), None)
+    if name is None:
         return None
     return GroupedSampler(_lengths(data, name), batch_size, _seed(args), epoch, args.world_size)
 
