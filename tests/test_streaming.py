@@ -1,10 +1,18 @@
-"""Training from streams: rows as they come, in the same order after a restart, checked, tokenized late."""
+"""Training from streams: rows as they come, in the same order after a restart, checked, tokenized late.
+
+Two processes run this file: torchrun --standalone --nproc_per_node 2 tests/test_streaming.py FOLDER
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import helpers
 import pandas as pd
@@ -15,6 +23,7 @@ from safetensors.torch import load_file
 
 from distill_nlp.cli import main
 from distill_nlp.config import DataSection
+from distill_nlp.config_file import load_experiment
 from distill_nlp.data_streams import HEAD_ROWS, load_streamed_splits
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.row_stream import WINDOW, RowStream
@@ -199,8 +208,6 @@ def test_a_folder_per_label_is_not_streamed(tmp_path):
 
 
 def test_what_a_file_is_known_by_follows_its_ends_and_not_its_time(tmp_path):
-    import os
-
     middle = b"x" * (3 << 20)
 
     def identity(content, name="train.txt"):
@@ -488,6 +495,15 @@ def test_a_training_that_goes_on_ends_like_one_that_nobody_touched(make_trainer,
     ]
 
 
+def test_workers_of_a_loader_change_nothing(make_trainer):
+    settings = {"max_steps": 5, "losses": {"ce": helpers.all_losses()["ce"]}}
+    alone = make_trainer("alone", data=token_stream(), **settings)
+    alone.train()
+    helped = make_trainer("helped", data=token_stream(), dataloader_num_workers=2, **settings)
+    helped.train()
+    assert helpers.largest_difference(alone.model.state_dict(), helped.model.state_dict()) == 0.0
+
+
 def test_projections_start_from_the_first_rows_of_a_stream(make_trainer):
     from distill_nlp import HiddenStateLoss
 
@@ -516,3 +532,136 @@ def test_a_run_over_a_stream_goes_through_and_says_how(experiment, tmp_path, cap
     capsys.readouterr()
     assert main(["cache", config]) == 2
     assert "nothing to cache: rows of a stream are not cached" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_doctor")
+def test_a_pool_and_several_phases_are_streamed_and_the_baseline_makes_as_many_steps(experiment, tmp_path, capsys):
+    phases = [{"losses": {"hidden": {}}, "training": {"max_steps": 2}}, {"training": {"max_steps": 20}}]
+    training = {"per_device_train_batch_size": 4, "unlabeled_ratio": 0.5}
+    own = {"data__unlabeled": "pool", "phases": phases, "teacher__training": {"max_steps": 4}, "training": training}
+    config = str(experiment(**STREAMED, **own))
+    stages = ["--stages", "teacher,baseline,student"]
+    assert main(["run", config, *stages]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"the first \d+ of unlabeled", said)
+    for every, steps in ((1, 2), (2, 20), (1, 4), (3, 22)):
+        assert f"rows are streamed, evaluated every {every} of {steps} steps" in said
+    assert main(["run", config, *stages]) == 0
+    assert capsys.readouterr().err.count("done already") == 3
+
+
+@pytest.mark.usefixtures("no_doctor")
+def test_several_labels_per_text_are_streamed_in_a_run(experiment, tmp_path):
+    data = helpers.write_rows_of_several_labels(tmp_path / "topics")
+    own = {"data__label_names": list(helpers.TOPICS), "data__label_column": "labels", "losses": {"ce": {}, "kl": {}}}
+    config = experiment(data__dataset=str(data), **STREAMED, **own)
+    assert main(["run", str(config)]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["run"]["stages"]["student/seed-0"]["steps"] == 3
+
+
+def test_the_doctor_looks_at_the_first_rows(experiment, capsys, tmp_path):
+    assert main(["doctor", str(experiment(**STREAMED))]) in (0, 2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "training rows are streamed: 40 of them are looked at" in said
+    assert "duplicates" in said
+    assert "time" in said
+    assert not (tmp_path / "run").exists()
+
+
+def prints_of(config):
+    from distill_nlp.fingerprints import Fingerprints
+    from distill_nlp.materials import Materials
+
+    loaded = load_experiment(config)
+    return Fingerprints(loaded, Materials(loaded)).student(0)["data"]["train"]
+
+
+def test_what_a_result_depends_on_are_the_files_the_buffer_and_the_columns(experiment, tmp_path):
+    first = prints_of(experiment(**STREAMED))
+    assert first["streamed"]["files"][0]["name"] == "train.parquet"
+    assert prints_of(experiment(**STREAMED)) == first
+    others = [
+        prints_of(experiment(data__streaming=True, data__shuffle_buffer=8)),
+        prints_of(experiment(**STREAMED, data__max_train_samples=9)),
+        prints_of(experiment(**STREAMED, data__text_column="other")),
+    ]
+    table = pd.read_parquet(tmp_path / "data" / "train.parquet")
+    table[:30].to_parquet(tmp_path / "data" / "train.parquet")
+    others.append(prints_of(experiment(**STREAMED)))
+    assert all(other != first for other in others)
+
+
+def test_evaluations_are_a_tenth_of_the_steps_unless_given(experiment):
+    def loaded(**training):
+        config = experiment(**STREAMED, training={"max_steps": 95} | training, teacher__training={"max_steps": 7})
+        return load_experiment(config)
+
+    plain = loaded()
+    assert (plain.training.eval_strategy, plain.training.eval_steps) == ("steps", 10)
+    assert plain.teacher_training().eval_steps == 1
+    assert loaded(eval_steps=4).training.eval_steps == 4
+    assert loaded(eval_strategy="no").training.eval_strategy == "no"
+    assert "eval_steps" not in plain.given_training.model_dump(exclude_unset=True)
+
+
+# ---- processes ----
+
+GLOBAL_BATCH = 8
+
+
+def train_two(folder, name, batch_size, rank, ranks, resume_from=None):
+    """A training of this rank; the parameters after it, and the first tokens of the rows that it saw."""
+    data = token_stream(batch_size, rows=1000, rank=rank, ranks=ranks)
+    trainer = helpers.make_trainer(
+        folder / name,
+        data=data,
+        losses={"ce": helpers.all_losses()["ce"]},
+        per_device_train_batch_size=batch_size,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        max_grad_norm=0.0,
+        optim="sgd",
+        accelerator_config={"dispatch_batches": False},
+    )
+    seen, collate = [], trainer.data_collator
+
+    def recorded(rows):
+        seen.append([[*row["input_ids"][1:4], len(row["input_ids"])] for row in rows])
+        return collate(rows)
+
+    trainer.data_collator = recorded
+    trainer.train(resume_from_checkpoint=resume_from)
+    return helpers.parameters_of(trainer.model), seen
+
+
+@pytest.mark.slow
+def test_two_ranks_train_each_row_once_and_go_on_exactly(tmp_path):
+    tests = Path(__file__).parent
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", ""), str(tests.parent)]),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    (one, resumed, first), (other, _, second) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
+    whole, alone = train_two(tmp_path, "alone", GLOBAL_BATCH, 0, 1)
+    assert [a + b for a, b in zip(first[:6], second[:6], strict=True)] == alone[:6]
+    assert helpers.largest_difference(one, other) == 0.0
+    assert helpers.largest_difference(one, resumed) == 0.0
+    assert helpers.largest_difference(one, whole) < 1e-5
+
+
+def main_of_a_rank():
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    state, seen = train_two(folder, "both", GLOBAL_BATCH // 2, rank, 2)
+    resumed, _ = train_two(folder, "resumed", GLOBAL_BATCH // 2, rank, 2, str(folder / "both" / "checkpoint-4"))
+    torch.save((state, resumed, seen), folder / f"rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main_of_a_rank()
