@@ -21,17 +21,19 @@ class RowStream(IterableDataset):
     """An endless series of encoded rows for a `Trainer` with `max_steps`.
 
     Each kind of rows is read from its beginning again when it ends, in a new order: a buffer of `shuffle_buffer` rows
-    is filled, and each row that comes takes the place of a random one, which goes on. In windows of 50 batches of all
-    ranks the rows are then sorted by the length of their texts and cut into batches, which are shuffled; the very first
-    one is the longest of its window. With two kinds, each batch holds `round(ratio * batch_size)` rows of the second.
+    is filled, and each row that comes takes the place of a random one, which goes on. In windows of 50 batches the rows
+    of a rank are then encoded, sorted by their lengths and cut into batches, which are shuffled, on all ranks alike;
+    the very first one is the longest of its window. With two kinds, each batch holds `round(ratio * batch_size)` rows
+    of the second.
 
-    The order depends on the seed alone. Every rank and every worker of a loader reads all rows, and encodes those of
-    its own batches: a row is trained once in a pass, whatever their number. accelerate must take each rank's batches
-    out of those of all (`dispatch_batches=False`); the places of other ranks hold None.
+    The order depends on the seed and the number of ranks alone. Every rank reads all rows and takes its own part of
+    each window: a row is trained once in a pass. So does every worker of a loader, and takes its turn of the batches.
+    accelerate must take each rank's batches out of those of all (`dispatch_batches=False`); the places of other ranks
+    hold None.
 
     Args:
         kinds: one or two that give their rows, with a `text`, each time that they are iterated over.
-        encode: rows to encoded rows.
+        encode: rows to encoded rows, in order, each with its `input_ids`.
         column_names: of the encoded rows.
         batch_size: rows of a batch on one device.
         ratio: part of the second kind, in (0, 1).
@@ -74,67 +76,66 @@ class RowStream(IterableDataset):
             )
         self._kinds, self._encode, self.column_names = kinds, encode, list(column_names)
         self._size, self._rank, self._ranks = batch_size, rank, ranks
-        self._seed, self._buffer, self._strategy = seed % 2**64, shuffle_buffer, strategy
+        self._seed, self._buffer = seed % 2**64, 1 if strategy == "sequential" else shuffle_buffer
+        self._grouped = strategy == "group_by_length"
         # (B,) the kind of each place in a batch.
         self._pattern = np.zeros(batch_size, int) if ratio is None else batch_pattern(batch_size, ratio).astype(int)
 
     def __iter__(self) -> Iterator[Row | None]:
         worker = get_worker_info()
         own, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        begin = self._rank * self._size
-        for number, rows in enumerate(self._steps()):
+        before, after = self._rank * self._size, (self._ranks - self._rank - 1) * self._size
+        for number, batch in enumerate(self._batches()):
             # A loader takes a batch of each worker in turn.
             if number % workers == own:
-                yield from [None] * begin
-                yield from self._encode(rows[begin : begin + self._size])
-                yield from [None] * (len(rows) - begin - self._size)
+                yield from [None] * before
+                yield from batch
+                yield from [None] * after
 
     def first(self, rows: int) -> list[Row]:
-        """So many rows of the beginning, encoded."""
-        return self._encode(list(islice(chain.from_iterable(self._steps()), rows)))
+        """So many rows of this rank's beginning, encoded."""
+        return list(islice(chain.from_iterable(self._batches()), rows))
 
-    def _steps(self) -> Iterator[list[Row]]:
-        """The rows of the batches of all ranks that run at the same time, rank after rank."""
+    def _batches(self) -> Iterator[list[Row]]:
+        """This rank's batches, encoded."""
         series = [self._series(kind) for kind in range(len(self._kinds))]
         for window in count():
             drawn = [self._draw(rows, kind) for kind, rows in enumerate(series)]
             batches = [self._assembled([next(rows) for rows in drawn]) for _ in range(WINDOW)]
-            if self._strategy == "group_by_length":
-                batches = self._shuffled(batches, window)
-            yield from batches
+            yield from self._shuffled(batches, window) if self._grouped else batches
 
     def _draw(self, series: Iterator[Row], kind: int) -> Iterator[list[Row]]:
-        """A kind's part of each batch of a window, all ranks' together; the longest first."""
-        of_step = int((self._pattern == kind).sum()) * self._ranks
-        rows = list(islice(series, WINDOW * of_step))
-        if self._strategy == "group_by_length":
+        """A kind's part of each batch of a window, the longest first; the k-th longest of all ranks run together."""
+        of_batch = int((self._pattern == kind).sum())
+        size = WINDOW * of_batch
+        rows = list(islice(series, size * self._ranks))
+        rows = self._encode(rows[size * self._rank : size * (self._rank + 1)])
+        if self._grouped:
             rows.sort(key=_length, reverse=True)
-        return (rows[i * of_step : (i + 1) * of_step] for i in range(WINDOW))
+        return (rows[i * of_batch : (i + 1) * of_batch] for i in range(WINDOW))
 
     def _assembled(self, parts: list[list[Row]]) -> list[Row]:
         own = [iter(part) for part in parts]
-        return [next(own[kind]) for _ in range(self._ranks) for kind in self._pattern]
+        return [next(own[kind]) for kind in self._pattern]
 
     def _shuffled(self, batches: list[list[Row]], window: int) -> list[list[Row]]:
         order = np.random.default_rng([self._seed, 2, window]).permutation(len(batches))
         if window == 0:
-            # What takes most memory comes first, as far as it can be known.
-            longest = int(np.argmax([max(map(_length, batches[i])) for i in order]))
-            order[[0, longest]] = order[[longest, 0]]
+            # What takes most memory comes first, as far as it can be known: the longest, which all ranks have at 0.
+            order = np.concatenate([[0], order[order != 0]])
         return [batches[i] for i in order]
 
     def _series(self, kind: int) -> Iterator[Row]:
         """A kind's passes, one after the other."""
         for number in count():
-            if self._strategy == "sequential" or self._buffer < 2:
+            if self._buffer < 2:
                 yield from self._kinds[kind]
             else:
                 yield from _mixed(self._kinds[kind], self._buffer, np.random.default_rng([self._seed, kind, number]))
 
 
 def _length(row: Row) -> int:
-    """Of its texts, in characters: near enough to tokens, without tokenizing the rows of other ranks."""
-    return len(row["text"]) + len(row.get("text_pair", ""))
+    return len(row["input_ids"])
 
 
 def _mixed(rows: Iterable[Row], size: int, rng: np.random.Generator) -> Iterator[Row]:

@@ -57,6 +57,7 @@ class GroupedSampler(Sampler[int]):
         epoch = self._epoch()
         full = len(self._lengths) // self._size
         rows = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._lengths))
+        rows = rows.astype(np.min_scalar_type(len(rows)))
         # What is left over for a last, smaller batch is drawn like any other row.
         last = rows[full * self._size :]
         rows = _sorted(rows[: full * self._size], self._lengths, self._size, full, self._ranks)
@@ -307,7 +308,7 @@ def _lengths(data: Any, name: str) -> np.ndarray:
             f"group_by_length needs the column {name} (or a column of lengths, length_column_name), there is: "
             f"{', '.join(data.column_names)}; or set train_sampling_strategy to random"
         )
-    found = [np.empty(0, dtype=np.int64)]
+    found = [np.empty(0, dtype=np.int32)]
     for column in _chunks(data, name):
         numbers = pc.list_value_length(column) if hasattr(column, "flatten") else column
         found.append(numbers.to_numpy(zero_copy_only=False))
