@@ -55,9 +55,8 @@ class GroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         epoch = self._epoch()
-        full = len(self._lengths) // self._size
-        rows = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._lengths))
-        rows = rows.astype(np.min_scalar_type(len(rows)))
+        full = (count := len(self._lengths)) // self._size
+        rows = np.random.default_rng([self._seed, 0, epoch]).permutation(count).astype(np.min_scalar_type(count))
         # What is left over for a last, smaller batch is drawn like any other row.
         last = rows[full * self._size :]
         rows = _sorted(rows[: full * self._size], self._lengths, self._size, full, self._ranks)
