@@ -27,9 +27,11 @@ from distill_nlp.config import DataSection
 from distill_nlp.config_file import load_experiment
 from distill_nlp.data_streams import HEAD_ROWS, load_streamed_splits
 from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.row_numbers import RandomOrder, numbers
 from distill_nlp.row_stream import WINDOW, RowStream
 from distill_nlp.stream_files import BLOCK, open_source
 from distill_nlp.tokenization import encode_texts
+from distill_nlp.trainer import DistillationTrainer
 
 STREAMED = {"data__streaming": True, "data__shuffle_buffer": 7}
 
@@ -537,6 +539,45 @@ def test_a_run_over_a_stream_goes_through_and_says_how(experiment, tmp_path, cap
 
 
 @pytest.mark.usefixtures("no_doctor")
+def test_an_interrupted_run_goes_on_in_the_stream_and_ends_like_an_uninterrupted_one(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    training = {"max_steps": 9, "per_device_train_batch_size": 4, "eval_steps": 3, "unlabeled_ratio": 0.5}
+    config = str(experiment(**STREAMED, data__unlabeled="pool", training=training))
+    stages = ["--stages", "teacher,student"]
+    assert main(["run", config, *stages]) == 0
+    whole = load_file(tmp_path / "run" / "student" / "seed-0" / "model.safetensors")
+    step = DistillationTrainer.training_step
+
+    def interrupted(self, *arguments, **keywords):
+        if self.state.global_step == 7 and "kl" in self.objective.losses:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **keywords)
+
+    other = ["--output_dir", str(tmp_path / "second"), *stages]
+    monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+    assert main(["run", config, *other]) == 130
+    monkeypatch.setattr(DistillationTrainer, "training_step", step)
+    capsys.readouterr()
+    assert main(["run", config, *other]) == 0
+    assert "going on from checkpoint-6" in capsys.readouterr().err
+    resumed = load_file(tmp_path / "second" / "student" / "seed-0" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("no_doctor")
+def test_a_bad_row_met_in_a_workers_process_is_one_line(experiment, folder, tmp_path, capsys):
+    rows = make_rows(2500)
+    rows[2200]["label"] = 7
+    write_lines(folder / "train.jsonl", rows)
+    training = {"max_steps": 3, "dataloader_num_workers": 1}
+    config = str(experiment(data__streaming=True, data__dataset=str(folder), training=training))
+    assert main(["run", config, "--stages", "teacher"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith("error: teacher: data: row 2200 of the split 'train' has the label 7, outside 0..1")
+
+
+@pytest.mark.usefixtures("no_doctor")
 def test_a_pool_and_several_phases_are_streamed_and_the_baseline_makes_as_many_steps(experiment, tmp_path, capsys):
     phases = [{"losses": {"hidden": {}}, "training": {"max_steps": 2}}, {"training": {"max_steps": 20}}]
     training = {"per_device_train_batch_size": 4, "unlabeled_ratio": 0.5}
@@ -605,6 +646,31 @@ def test_evaluations_are_a_tenth_of_the_steps_unless_given(experiment):
     assert loaded(eval_steps=4).training.eval_steps == 4
     assert loaded(eval_strategy="no").training.eval_strategy == "no"
     assert "eval_steps" not in plain.given_training.model_dump(exclude_unset=True)
+
+
+# ---- row numbers of large data sets ----
+
+
+def test_numbers_of_an_array_come_in_order():
+    rows = np.random.default_rng(0).permutation(20_000).astype(np.uint32)
+    found = list(numbers(rows))
+    assert found == rows.tolist()
+    assert {type(row) for row in found} == {int}
+
+
+def test_the_random_order_of_many_rows_is_all_of_them_by_seed_and_epoch(monkeypatch, make_trainer):
+    orders = [
+        list(RandomOrder(9000, seed, lambda epoch=epoch: epoch)) for seed, epoch in ((1, 0), (1, 0), (2, 0), (1, 1))
+    ]
+    assert all(sorted(order) == list(range(9000)) for order in orders)
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != orders[3]
+    trainer = make_trainer(train_sampling_strategy="random", losses={"ce": helpers.all_losses()["ce"]})
+    assert not isinstance(trainer._get_train_sampler(), RandomOrder)
+    monkeypatch.setattr("distill_nlp.row_numbers.LARGE", 16)
+    assert isinstance(trainer._get_train_sampler(), RandomOrder)
+    assert list(trainer._get_train_sampler()) == list(RandomOrder(16, 3))
+    trainer.train()
 
 
 # ---- processes ----
