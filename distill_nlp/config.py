@@ -229,8 +229,7 @@ class Experiment(Section):
     )
     report: ReportSection = Field(default_factory=ReportSection)
 
-    # `training` before the data had a say in it.
-    _given: TrainingSection | None = PrivateAttr(None)
+    _added: set[str] = PrivateAttr(set())  # names in `training` that follow from data.streaming
 
     @model_validator(mode="before")
     @classmethod
@@ -289,7 +288,8 @@ class Experiment(Section):
             check_streaming(self, SYNTHETIC, TRAIN_TOKENIZER)
             # Of the baseline: after phases, as long as all of them.
             steps = sum(own.training.max_steps for own in self.student_trainings())
-            self._given, self.training = self.training, streamed_training(self.training, steps)
+            given, self.training = self.training, streamed_training(self.training, steps)
+            self._added = self.training.model_fields_set - given.model_fields_set
         return self
 
     def teacher_training(self) -> TrainingSection:
@@ -300,8 +300,8 @@ class Experiment(Section):
 
     @property
     def given_training(self) -> TrainingSection:
-        """What several trainings share, as it was given."""
-        return self._given or self.training
+        """What several trainings share: `training` without what follows from the steps of one of them."""
+        return TrainingSection(**self.training.model_dump(exclude_unset=True, exclude=self._added))
 
     def _of_data(self, section: TrainingSection) -> TrainingSection:
         return streamed_training(section) if self.data.streaming else section

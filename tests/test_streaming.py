@@ -369,6 +369,9 @@ def test_the_order_follows_the_seed_and_changes_from_pass_to_pass():
     assert one == again != other
     assert one[:60] != one[60:]
     assert sorted(one[:60]) == sorted(one[60:]) == sorted(texts(rows))
+    held = texts(islice(stream(rows, shuffle_buffer=1000, strategy="random"), 60))
+    # Each row in its old place once in a pass, on average, where the buffer holds all of them.
+    assert sum(a == b for a, b in zip(held, texts(rows), strict=True)) < 6
 
 
 def test_no_more_rows_are_held_than_the_buffer_and_a_window():
@@ -646,6 +649,10 @@ def test_evaluations_are_a_tenth_of_the_steps_unless_given(experiment):
     assert loaded(eval_steps=4).training.eval_steps == 4
     assert loaded(eval_strategy="no").training.eval_strategy == "no"
     assert "eval_steps" not in plain.given_training.model_dump(exclude_unset=True)
+    # What is settled later counts for all trainings.
+    plain.training.weight_decay = 0.5
+    assert plain.teacher_training().weight_decay == plain.given_training.weight_decay == 0.5
+    assert loaded(eval_steps=4).given_training.eval_steps == 4
 
 
 # ---- row numbers of large data sets ----
