@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from distill_nlp.config_checks import Section, did_you_mean, folder_name, mistake
+from distill_nlp.config_streaming import check_streaming, streamed_training
 from distill_nlp.config_student import StudentSection
 from distill_nlp.config_training import TrainingSection, laid_over
 from distill_nlp.hub.private import secret_in
@@ -61,6 +62,14 @@ class DataSection(Section):
     max_unlabeled_samples: int | None = Field(None, ge=1, description="use only so many unlabeled rows")
     max_test_samples: int | None = Field(None, ge=2, description="use only so many test rows")
     seed: int = Field(0, ge=0, description="of generated data and of carved and sampled rows")
+    streaming: bool = Field(
+        False,
+        description="read training and unlabeled rows as they are needed, from files larger than memory; needs "
+        "training.max_steps and data.validation_split, and the teacher runs in every step",
+    )
+    shuffle_buffer: int = Field(
+        10_000, ge=1, le=10_000_000, description="rows of a stream among which the next one is drawn"
+    )
 
 
 class TeacherMember(Section):
@@ -220,6 +229,8 @@ class Experiment(Section):
     )
     report: ReportSection = Field(default_factory=ReportSection)
 
+    _added: set[str] = PrivateAttr(set())  # names in `training` that follow from data.streaming
+
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, settings: Any) -> Any:
@@ -273,19 +284,33 @@ class Experiment(Section):
             raise ValueError(
                 "student.from_teacher needs teacher.model: a teacher from scratch has no layers worth copying"
             )
+        if self.data.streaming:
+            check_streaming(self, SYNTHETIC, TRAIN_TOKENIZER)
+            # Of the baseline: after phases, as long as all of them.
+            steps = sum(own.training.max_steps for own in self.student_trainings())
+            given, self.training = self.training, streamed_training(self.training, steps)
+            self._added = self.training.model_fields_set - given.model_fields_set
         return self
 
     def teacher_training(self) -> TrainingSection:
         """`training` with the teacher's own settings over it, but for what is the students' alone."""
         students = {"freeze", "unfreeze_every", "unlabeled_ratio"}
-        given = laid_over(self.training, self.teacher.training, without=students)
-        return TrainingSection(**(given | {"unlabeled_ratio": None}))
+        given = laid_over(self.given_training, self.teacher.training, without=students)
+        return self._of_data(TrainingSection(**(given | {"unlabeled_ratio": None})))
+
+    @property
+    def given_training(self) -> TrainingSection:
+        """What several trainings share: `training` without what follows from the steps of one of them."""
+        return TrainingSection(**self.training.model_dump(exclude_unset=True, exclude=self._added))
+
+    def _of_data(self, section: TrainingSection) -> TrainingSection:
+        return streamed_training(section) if self.data.streaming else section
 
     def student_trainings(self) -> list[Experiment]:
         """The experiment as each phase of the student sees it; itself where there are none."""
         found = []
         for phase in self.phases:
-            training = TrainingSection(**laid_over(self.training, phase.training))
+            training = self._of_data(TrainingSection(**laid_over(self.given_training, phase.training)))
             losses = self.losses if phase.losses is None else phase.losses
             found.append(self.model_copy(update={"losses": losses, "training": training, "phases": []}))
         return found or [self]

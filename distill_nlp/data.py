@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,8 @@ class Splits:
         unlabeled: rows of label -100 (C times where there are lists), or None.
         notes: what was done to the data that the user should know.
         problem_type: as in Transformers' configs.
+        streams: with `data.streaming`, the rows to train on (`data_streams.Streams`); train, teacher_train and
+            unlabeled are then their first rows, to look at.
     """
 
     train: Any
@@ -45,6 +47,7 @@ class Splits:
     unlabeled: Any | None
     notes: list[str]
     problem_type: ProblemType = SINGLE_LABEL
+    streams: Any | None = None
 
 
 def load_splits(config: DataSection, teacher_train_split: str | None = None) -> Splits:
@@ -56,7 +59,7 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
     """
     load = _loader(config)
     notes: list[str] = []
-    raw_train = _columns(load(config.train_split), config, config.train_split)
+    raw_train = columns_of(load(config.train_split), config, config.train_split)
     problem_type = problem_type_of(raw_train)
     if problem_type == MULTI_LABEL and config.unlabeled_min_confidence is not None:
         raise UsageError(
@@ -66,7 +69,7 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
     train = with_labels(raw_train, config, config.train_split, names)
 
     def labeled(split: str) -> Any:
-        raw = _columns(load(split), config, split)
+        raw = columns_of(load(split), config, split)
         check_same_kind(raw, config, split, problem_type)
         return with_labels(raw, config, split, names)
 
@@ -79,20 +82,20 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
     else:
         train, validation = _carve(train, len(names), config.validation_fraction, config.seed)
         notes.append(f"{len(validation)} validation rows carved from {config.train_split}, {len(train)} left")
-    train = _sample(train, config.max_train_samples, config.seed)
-    if shared := len(_rows(train) & _rows(test)):
+    train = sample(train, config.max_train_samples, config.seed)
+    if shared := len(texts_of(train) & texts_of(test)):
         notes.append(f"{shared} texts of {config.train_split} stand in {config.test_split} too")
     if teacher_train is not None:
         teacher_train = _without_held_out(teacher_train, [validation, test], notes, teacher_train_split or "")
         check_classes(teacher_train, teacher_train_split or "", names, notes)
-    test = _sample(test, config.max_test_samples, config.seed)
+    test = sample(test, config.max_test_samples, config.seed)
     pool = None
     if config.unlabeled is not None:
         # A file of its own: unlabelled texts seldom lie with the labelled ones.
         is_file = Path(config.unlabeled).expanduser().is_file()
         raw = load_split(config.unlabeled, "train") if is_file else load(config.unlabeled)
-        raw = _columns(raw, config, config.unlabeled, labeled=False)
-        raw = _sample(raw, config.max_unlabeled_samples, config.seed)
+        raw = columns_of(raw, config, config.unlabeled, labeled=False)
+        raw = sample(raw, config.max_unlabeled_samples, config.seed)
         pool = unlabeled(_without_held_out(raw, [validation, test], notes, "unlabeled"), problem_type, len(names))
     check_classes(train, config.train_split, names, notes)
     return Splits(train, validation, test, names, teacher_train or train, pool, notes, problem_type)
@@ -104,7 +107,7 @@ def read_problem_type(config: DataSection) -> ProblemType:
     Raises:
         UsageError: there is no such split or column.
     """
-    return problem_type_of(_columns(_loader(config)(config.train_split), config, config.train_split))
+    return problem_type_of(columns_of(_loader(config)(config.train_split), config, config.train_split))
 
 
 def load_labeled(config: DataSection, split: str, names: list[str], problem_type: ProblemType) -> Any:
@@ -123,7 +126,7 @@ def load_labeled(config: DataSection, split: str, names: list[str], problem_type
     Raises:
         UsageError: there is no such split or column, or the labels are not the model's.
     """
-    return as_classes(_columns(_loader(config)(split), config, split), config, split, names, problem_type)
+    return as_classes(columns_of(_loader(config)(split), config, split), config, split, names, problem_type)
 
 
 def as_classes(rows: Any, config: DataSection, split: str, names: list[str], problem_type: ProblemType) -> Any:
@@ -194,7 +197,7 @@ def load_rows(config: DataSection, split: str, labeled: bool = True) -> tuple[An
     """
     raw = _loader(config)(split)
     labeled = labeled and config.label_column in raw.column_names
-    return _columns(raw, config, split, labeled=labeled), labeled
+    return columns_of(raw, config, split, labeled=labeled), labeled
 
 
 def _loader(config: DataSection) -> Loader:
@@ -217,10 +220,23 @@ def _loader(config: DataSection) -> Loader:
     return lambda split: load_split(config.dataset, split, config.config_name, config.revision)
 
 
-def _columns(dataset: Any, config: DataSection, split: str, labeled: bool = True) -> Any:
+def columns_of(dataset: Any, config: DataSection, split: str, labeled: bool = True) -> Any:
     """Renames the columns that count to `text`, `text_pair` and `labels`, and drops the others."""
     if len(dataset) == 0:
         raise UsageError(f"data: the split {split!r} of {config.dataset} has no rows")
+    wanted = wanted_columns(dataset.column_names, config, split, labeled)
+    dataset = dataset.select_columns(list(wanted))
+    dataset = dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
+    check_texts({c: dataset[c] for c in ("text", "text_pair") if c in dataset.column_names}, split)
+    return dataset
+
+
+def wanted_columns(there: Sequence[str], config: DataSection, split: str, labeled: bool = True) -> dict[str, str]:
+    """Column of the data -> `text`, `text_pair` or `labels`.
+
+    Raises:
+        UsageError: one is not there, or is named for two purposes.
+    """
     named = {"data.text_column": config.text_column, "data.text_pair_column": config.text_pair_column}
     named |= {"data.label_column": config.label_column} if labeled else {}
     for setting, column in named.items():
@@ -232,20 +248,30 @@ def _columns(dataset: Any, config: DataSection, split: str, labeled: bool = True
     if labeled:
         wanted[config.label_column] = "labels"
     for column in wanted:
-        if column not in dataset.column_names:
+        if column not in there:
             setting = {"text": "text_column", "text_pair": "text_pair_column", "labels": "label_column"}[wanted[column]]
             raise UsageError(
                 f"data: the split {split!r} of {config.dataset} has no column {column!r} (data.{setting}); "
-                f"there is: {', '.join(dataset.column_names)}"
+                f"there is: {', '.join(there)}"
             )
-    dataset = dataset.select_columns(list(wanted))
-    dataset = dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
-    for column in ("text", "text_pair"):
-        if column in dataset.column_names:
-            for row, text in enumerate(dataset[column]):
-                if not isinstance(text, str):
-                    raise UsageError(f"data: row {row} of the split {split!r} has no text in {column}: {text!r}")
-    return dataset
+    return wanted
+
+
+def check_texts(columns: Mapping[str, Iterable[Any]], split: str, first_row: int = 0) -> None:
+    """Refuses what is no string.
+
+    Args:
+        columns: `text` and maybe `text_pair`, of a part of the rows.
+        split: that they are of.
+        first_row: number of the first of them in the split.
+
+    Raises:
+        UsageError: with the row.
+    """
+    for column, values in columns.items():
+        for row, text in enumerate(values, first_row):
+            if not isinstance(text, str):
+                raise UsageError(f"data: row {row} of the split {split!r} has no text in {column}: {text!r}")
 
 
 def _carve(train: Any, num_classes: int, fraction: float, seed: int) -> tuple[Any, Any]:
@@ -261,20 +287,20 @@ def _carve(train: Any, num_classes: int, fraction: float, seed: int) -> tuple[An
     return parts["train"], parts["test"]
 
 
-def _sample(dataset: Any, size: int | None, seed: int) -> Any:
+def sample(dataset: Any, size: int | None, seed: int) -> Any:
     if size is None or size >= len(dataset):
         return dataset
     return dataset.shuffle(seed=seed).select(range(size))
 
 
-def _rows(dataset: Any) -> set[tuple[str, ...]]:
+def texts_of(dataset: Any) -> set[tuple[str, ...]]:
     """The texts of a split, pairs as pairs."""
     return set(zip(*(dataset[c] for c in ("text", "text_pair") if c in dataset.column_names), strict=True))
 
 
 def _without_held_out(raw: Any, held_out: Sequence[Any], notes: list[str], name: str) -> Any:
     """Rows without those that validation or test hold: neither teacher nor student may have seen them."""
-    held = set().union(*(_rows(part) for part in held_out))
+    held = set().union(*(texts_of(part) for part in held_out))
     columns = [c for c in ("text", "text_pair") if c in raw.column_names]
     keep = [i for i, row in enumerate(zip(*(raw[c] for c in columns), strict=True)) if row not in held]
     if dropped := len(raw) - len(keep):

@@ -12,7 +12,7 @@ from typing import Any
 from distill_nlp.errors import DistillError, UsageError, shown
 
 # Ending -> loader of the datasets library with its arguments.
-_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     # Without pandas' own list of words for "missing": a review may say "None" or "N/A".
     ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
     ".tsv": ("csv", {"sep": "\t", "keep_default_na": False, "na_values": [""]}),
@@ -21,7 +21,7 @@ _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _MOST_COLUMNS = 10_000
 _TEXT_ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".txt"}
 
@@ -45,7 +45,7 @@ def load_split(dataset: str, split: str, config_name: str | None = None, revisio
             return _load_local(path, split)
         except OSError as error:
             raise UsageError(f"data.dataset: cannot read {dataset}: {error.strerror or error}") from error
-    if path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1 or path.suffix in _LOADERS:
+    if path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1 or path.suffix in LOADERS:
         raise UsageError(f"data.dataset: no file or folder {dataset}")
     return _load_from_hub(dataset, split, config_name, revision)
 
@@ -68,32 +68,63 @@ def local_path(name: str, setting: str) -> Path:
 
 
 def _load_local(path: Path, split: str) -> Any:
+    if is_saved(path):
+        return load_saved(path, split)
+    if label_folders := _label_folders(path, split):
+        return _read_label_folders(label_folders)
+    return _read(split_files(path, split))
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
+def split_files(path: Path, split: str) -> list[Path]:
+    """The files of a split, all of one kind, in their order.
+
+    Args:
+        path: a file or folder that is there.
+        split: its name.
+
+    Raises:
+        UsageError: there is no such split, files of several kinds, or none that is read.
+    """
     if path.is_file():
         if split != "train":
             raise UsageError(f"data.dataset: {path} is one file, the split train; there is no split {split!r}")
-        if path.suffix not in _LOADERS:
-            raise UsageError(f"data.dataset: {path} is of no kind that is read: {', '.join(_LOADERS)}")
-        return _read([path])
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _load_saved(path, split)
-    files = sorted(
-        p for p in path.iterdir() if p.suffix in _LOADERS and (p.stem == split or p.stem.startswith(f"{split}-"))
-    )
-    folder = path / split
-    if not files and folder.is_dir():
-        label_folders = sorted(p for p in folder.iterdir() if p.is_dir())
-        if label_folders:
-            return _read_label_folders(label_folders)
-        files = sorted(p for p in folder.iterdir() if p.suffix in _LOADERS)
+        if path.suffix not in LOADERS:
+            raise UsageError(f"data.dataset: {path} is of no kind that is read: {', '.join(LOADERS)}")
+        return [path]
+    files = _files_of(path, split)
+    if not files and (path / split).is_dir():
+        files = sorted(p for p in (path / split).iterdir() if p.suffix in LOADERS)
     if not files:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
         raise UsageError(f"data: no split {split!r} in {path} (a file {split}.csv, .parquet, ...); there is: {there}")
     if len({p.suffix for p in files}) > 1:
         raise UsageError(f"data: the split {split!r} has files of several kinds: {', '.join(p.name for p in files)}")
-    return _read(files)
+    return files
 
 
-def _load_saved(path: Path, split: str) -> Any:
+def _files_of(path: Path, split: str) -> list[Path]:
+    named = (p for p in path.iterdir() if p.stem == split or p.stem.startswith(f"{split}-"))
+    return sorted(p for p in named if p.suffix in LOADERS)
+
+
+def _label_folders(path: Path, split: str) -> list[Path]:
+    """Folders below that of the split, where that is what it is made of."""
+    if path.is_file() or not (path / split).is_dir() or _files_of(path, split):
+        return []
+    return sorted(p for p in (path / split).iterdir() if p.is_dir())
+
+
+def load_saved(path: Path, split: str) -> Any:
+    """One split of a folder written by `save_to_disk`; its rows stay on the disk.
+
+    Raises:
+        UsageError: it cannot be read, or has no such split.
+    """
     from datasets import Dataset, load_from_disk
 
     try:
@@ -116,9 +147,9 @@ def _read(files: list[Path]) -> Any:
             raise UsageError(f"data: {file} is empty")
         if ending in _TEXT_ENDINGS:
             check_utf8(file)
-        if ending in _SEPARATORS:
-            _check_header(file, _SEPARATORS[ending])
-    loader, arguments = _LOADERS[ending]
+        if ending in SEPARATORS:
+            check_header(file, SEPARATORS[ending])
+    loader, arguments = LOADERS[ending]
     names = ", ".join(str(f) for f in files)
     try:
         if ending == ".parquet" and not _rows_of_parquet(files):
@@ -143,7 +174,7 @@ def _rows_of_parquet(files: list[Path]) -> int:
     return sum(read_metadata(file).num_rows for file in files)
 
 
-def _check_header(file: Path, separator: str) -> None:
+def check_header(file: Path, separator: str) -> None:
     """Refuses a name that stands twice, whose second column would be renamed in silence, and columns without end."""
     limit = csv.field_size_limit(sys.maxsize)
     try:

@@ -62,7 +62,7 @@ def label_names(train: Any, config: DataSection) -> list[str]:
     if known:
         return known
     labels = train["labels"]
-    _refuse_no_labels(labels, several, config.train_split)
+    _refuse_no_labels(enumerate(labels), several, config.train_split)
     names = _names_from({label for row in labels for label in row or ()} if several else set(labels), config)
     if several and len(names) < 2:
         raise UsageError(
@@ -116,34 +116,62 @@ def with_labels(dataset: Any, config: DataSection, split: str, names: list[str])
     """
     from datasets import ClassLabel
 
-    values = list(dataset["labels"])
+    problem_type = problem_type_of(dataset)
+    labels = mapped_labels(list(dataset["labels"]), problem_type, config, split, names)
+    if problem_type == MULTI_LABEL:
+        return with_vectors(dataset, labels)
+    plain = dataset.remove_columns("labels").add_column("labels", labels)
+    return plain.cast_column("labels", ClassLabel(names=names))
+
+
+def mapped_labels(
+    values: list[Any], problem_type: ProblemType, config: DataSection, split: str, names: list[str], first_row: int = 0
+) -> list[Any]:
+    """Class indices, or (C,) numbers 0.0 and 1.0, of labels as they were written, each checked.
+
+    Args:
+        values: of the column, those of a part of the rows.
+        problem_type: whether they are lists.
+        config: names the columns.
+        split: that they are of, for messages.
+        names: of the classes by index.
+        first_row: number of the first value's row in the split.
+
+    Raises:
+        UsageError: a label is missing, unknown, out of range or no label at all; with split and row.
+
+    Example:
+        >>> mapped_labels(["good", "bad"], "single_label_classification", config, "train", ["bad", "good"])
+        [1, 0]
+    """
+    several = problem_type == MULTI_LABEL
+    numbered = list(enumerate(values, first_row))
     # First of all: in a csv, one missing label turns the others into floats.
-    for row, value in enumerate(values):
+    for row, value in numbered:
         if value is None or (isinstance(value, float) and math.isnan(value)):
-            hint = "; [] says that none applies" if problem_type_of(dataset) == MULTI_LABEL else ""
+            hint = "; [] says that none applies" if several else ""
             raise UsageError(f"data: row {row} of the split {split!r} has no label in {config.label_column}{hint}")
     index = {name: i for i, name in enumerate(names)}
-    _refuse_no_labels(values, problem_type_of(dataset) == MULTI_LABEL, split)
-    _refuse_mixed(values, split)
-    if problem_type_of(dataset) == MULTI_LABEL:
-        _refuse_vectors(values, split)
-        rows = [{_in_list(value, _where(split, row), index) for value in found} for row, found in enumerate(values)]
-        return with_vectors(dataset, [[float(c in row) for c in range(len(names))] for row in rows])
+    _refuse_no_labels(numbered, several, split)
+    _refuse_mixed(numbered, split)
+    if several:
+        _refuse_vectors(numbered, split)
+        rows = [{_in_list(value, _where(split, row), index) for value in found} for row, found in numbered]
+        return [[float(c in row) for c in range(len(names))] for row in rows]
     labels = []
-    for row, value in enumerate(values):
+    for row, value in numbered:
         if not isinstance(value, bool | int | str):
             raise UsageError(
                 f"{_where(split, row)} has the label {value!r} ({type(value).__name__}); a class is a whole number or "
                 "a string"
             )
         labels.append(_index_of(int(value) if isinstance(value, bool) else value, _where(split, row), index))
-    plain = dataset.remove_columns("labels").add_column("labels", labels)
-    return plain.cast_column("labels", ClassLabel(names=names))
+    return labels
 
 
-def _refuse_no_labels(values: Iterable[Any], several: bool, split: str) -> None:
+def _refuse_no_labels(numbered: Iterable[tuple[int, Any]], several: bool, split: str) -> None:
     """Lists and objects, which can be no label; what else is wrong with a label is said where it is mapped."""
-    for row, value in enumerate(values):
+    for row, value in numbered:
         for label in value or () if several else [value]:
             if isinstance(label, list | dict) or (several and label is None):
                 hint = _LISTS if several else "a class is a whole number or a string"
@@ -151,10 +179,10 @@ def _refuse_no_labels(values: Iterable[Any], several: bool, split: str) -> None:
                 raise UsageError(f"{_where(split, row)} has {shown(label)} ({type(label).__name__}){among}; {hint}")
 
 
-def _refuse_mixed(values: list[Any], split: str) -> None:
+def _refuse_mixed(numbered: list[tuple[int, Any]], split: str) -> None:
     """Numbers and names side by side: 1 may be the second class, or a class named 1."""
     first: dict[bool, tuple[int, Any]] = {}
-    for row, value in enumerate(values):
+    for row, value in numbered:
         for label in value if isinstance(value, list) else [value]:
             first.setdefault(isinstance(label, str), (row, label))
     if len(first) == 2:
@@ -202,12 +230,13 @@ def _index_of(value: int | str, where: str, index: dict[str, int]) -> int:
     return value
 
 
-def _refuse_vectors(values: list[list[Any]], split: str) -> None:
+def _refuse_vectors(numbered: list[tuple[int, list[Any]]], split: str) -> None:
     """Multi-hot vectors of whole numbers would pass as lists of the classes 0 and 1."""
-    alike = len({len(row) for row in values}) == 1 and {label for row in values for label in row} == {0, 1}
-    repeats = (i for i, row in enumerate(values) if len(set(row)) < len(row))
-    if alike and (row := next(repeats, None)) is not None:
-        raise UsageError(f"{_where(split, row)} has the labels {values[row]}; {_LISTS}")
+    values = [value for _, value in numbered]
+    alike = len({len(labels) for labels in values}) == 1 and {label for labels in values for label in labels} == {0, 1}
+    repeats = ((row, labels) for row, labels in numbered if len(set(labels)) < len(labels))
+    if alike and (found := next(repeats, None)) is not None:
+        raise UsageError(f"{_where(split, found[0])} has the labels {found[1]}; {_LISTS}")
 
 
 def check_classes(train: Any, split: str, names: list[str], notes: list[str]) -> None:

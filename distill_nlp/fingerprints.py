@@ -6,6 +6,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
@@ -47,7 +48,7 @@ class Fingerprints:
         settings = part.settings
         if part.finished is not None:
             return plain({"model": checkpoint_print(settings.model, settings.revision)})
-        train = content_hash(self.materials.splits.teacher_train)
+        train = self._rows_print("teacher_train")
         return plain(
             {
                 "data": self.materials.data_print_of(part) | {"train": train},
@@ -57,6 +58,13 @@ class Fingerprints:
                 "launch": self.launch,
             }
         )
+
+    def _rows_print(self, split: str) -> Any:
+        """Of what a stage trains on: all rows, but of a stream its files, and the buffer that orders it."""
+        splits = self.materials.splits
+        if splits.streams is None:
+            return content_hash(getattr(splits, split))
+        return getattr(splits.streams, split).identity | {"shuffle_buffer": self.experiment.data.shuffle_buffer}
 
     def _effective(self, section: TrainingSection, of_student: bool) -> Fingerprint:
         return effective(section, of_student, self.materials.splits.problem_type)
@@ -70,7 +78,7 @@ class Fingerprints:
             layers_of = self.teachers[0] if finetuned else checkpoint_print(teacher.model, teacher.revision)
         settings = student.model_dump(exclude={"model", "revision", "from_teacher"})
         return {
-            "data": self.materials.data_print | {"train": content_hash(self.materials.splits.train)},
+            "data": self.materials.data_print | {"train": self._rows_print("train")},
             "student": settings | {"from_teacher": None if source is None else source.chosen()},
             "model": layers_of or checkpoint_print(student.model, student.revision),
             "training": self._effective(experiment.training, of_student),
@@ -89,7 +97,8 @@ class Fingerprints:
         if self.experiment.phases:
             # Their steps together are its own.
             phases = [self._effective(e.training, of_student=False) for e in self.experiment.student_trainings()]
-            rest |= {"unlabeled_rows": 0 if pool is None else len(pool), "phases": phases}
+            given = self.experiment.data.streaming
+            rest |= {"unlabeled_rows": 0 if pool is None or given else len(pool), "phases": phases}
         return plain(self._common(seed, of_student=False) | rest)
 
     def student(self, seed: int) -> Fingerprint:
@@ -117,7 +126,7 @@ class Fingerprints:
         pool = self.materials.splits.unlabeled
         rest = {
             "losses": {key: section.model_dump() for key, section in self.experiment.losses.items()},
-            "unlabeled": None if pool is None else content_hash(pool),
+            "unlabeled": None if pool is None else self._rows_print("unlabeled"),
             "teacher": self.teachers[0],
         }
         return plain(self._common(seed, of_student=True) | rest | self._settings_of_teachers)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from distill_nlp.errors import UsageError
 
 # Models that number the positions from the padding's id on (`create_position_ids_from_input_ids` in their source):
 # the rows of the table up to that one are of no token.
@@ -50,3 +53,22 @@ def longest_input(config: Any, tokenizer: Any, max_length: int | None = None) ->
     """The most tokens of a text that model, tokenizer and `max_length` all allow."""
     limits = [max_length, tokenizer.model_max_length, most_positions(config)]
     return min(n for n in limits if n)
+
+
+def refuse_too_long(teachers: Sequence[tuple[str, Any, int]], student: Any, max_length: int) -> None:
+    """Refuses rows longer than a model reads.
+
+    Args:
+        teachers: name, config, and the length of its rows in tokens.
+        student: its config.
+        max_length: of the student's rows.
+
+    Raises:
+        UsageError: with the setting and the model.
+    """
+    for role, config, length in (*teachers, ("student", student, max_length)):
+        longest = most_positions(config)
+        if longest is not None and longest < length:
+            own = role != "student" and length != max_length
+            setting = "teacher.max_length" if own else "data.max_length"
+            raise UsageError(f"{setting} is {length}, but the {role} reads at most {longest} tokens")

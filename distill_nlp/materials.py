@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from distill_nlp.checkpoint_checks import check_embeddings
 from distill_nlp.config import TRAIN_TOKENIZER, Experiment, LossSection
 from distill_nlp.data import Splits, content_hash, load_splits
+from distill_nlp.data_streams import load_streamed_splits
 from distill_nlp.errors import UsageError
 from distill_nlp.labels import anonymous
-from distill_nlp.lengths import most_positions
+from distill_nlp.lengths import refuse_too_long
 from distill_nlp.loading import load_backbone, load_classifier, load_tokenizer
 from distill_nlp.losses import LOSSES, DistillationLoss, ModelShape
 from distill_nlp.losses.cross_entropy import BALANCED, balanced_class_weights
@@ -52,7 +53,8 @@ class Materials:
     @cached_property
     def splits(self) -> Splits:
         with self.state.local_main_process_first():
-            return load_splits(self.experiment.data, self.experiment.teacher.train_split)
+            load = load_streamed_splits if self.experiment.data.streaming else load_splits
+            return load(self.experiment.data, self.experiment.teacher.train_split)
 
     @cached_property
     def teachers(self) -> list[TeacherPart]:
@@ -237,12 +239,7 @@ class Materials:
         configs = [part.config(self.label_names, self._sizes) for part in self.teachers]
         student = self.new_student()
         lengths = [(part.name, config, part.max_length) for part, config in zip(self.teachers, configs, strict=True)]
-        for role, config, length in (*lengths, ("student", student.config, self.experiment.data.max_length)):
-            longest = most_positions(config)
-            if longest is not None and longest < length:
-                own = role != "student" and length != self.experiment.data.max_length
-                setting = "teacher.max_length" if own else "data.max_length"
-                raise UsageError(f"{setting} is {length}, but the {role} reads at most {longest} tokens")
+        refuse_too_long(lengths, student.config, self.experiment.data.max_length)
         teacher = copy.copy(configs[0])
         teacher.id2label = student.config.id2label
         weights = {name: section.weight for name, section in self.experiment.losses.items()}
@@ -302,6 +299,8 @@ class Materials:
             return "teacher.cache is false"
         if not self.objective.needs_teacher:
             return "no loss needs the teacher"
+        if self.experiment.data.streaming:
+            return "rows of a stream are not cached (data.streaming)"
         if reading := self.objective.token_level():
             return f"losses {', '.join(reading)} compare token by token, and tokens' states are not cached"
         if self.mixed_precision not in PRECISIONS:

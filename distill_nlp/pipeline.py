@@ -183,11 +183,12 @@ class Pipeline:
     def _check_materials(self) -> None:
         """Loads data and tokenizers before the first stage, so that what is wrong with them shows at once."""
         splits = self.materials.splits
-        parts = [f"{len(splits.train):,} train"]
+        counted = "{:,}" if splits.streams is None else "the first {:,} of"
+        parts = [f"{counted.format(len(splits.train))} train"]
         if splits.teacher_train is not splits.train:
-            parts.append(f"{len(splits.teacher_train):,} for the teacher")
+            parts.append(f"{counted.format(len(splits.teacher_train))} for the teacher")
         if splits.unlabeled is not None:
-            parts.append(f"{len(splits.unlabeled):,} unlabeled")
+            parts.append(f"{counted.format(len(splits.unlabeled))} unlabeled")
         parts += [f"{len(splits.validation):,} validation", f"{len(splits.test):,} test"]
         labels = ", ".join(self.materials.label_names)
         self.runner.say("data", f"{self.experiment.data.dataset}: {', '.join(parts)}; labels {labels}")
@@ -220,6 +221,9 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     From another folder `data/imdb` could as well be something on the Hub, and a report would not find it.
     """
     kept = experiment.model_dump(mode="json", exclude_unset=True)
+    if experiment.data.streaming:
+        # What it adds is made of the rest each time.
+        kept["training"] = experiment.given_training.model_dump(mode="json", exclude_unset=True)
     data, teacher, student = kept["data"], kept["teacher"], kept["student"]
     for section, name in ((kept, "output_dir"), (kept, "cache_dir")):
         if section.get(name) is not None:

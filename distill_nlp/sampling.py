@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from distill_nlp.arguments import setting_of
 from distill_nlp.losses.base import IGNORE_INDEX
+from distill_nlp.row_numbers import numbers
 
 STRATEGIES = ("random", "sequential", "group_by_length")
 # Rows that Arrow reads at a time: the token ids of a large data set are never in memory as a whole.
@@ -54,13 +55,13 @@ class GroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         epoch = self._epoch()
-        full = len(self._lengths) // self._size
-        rows = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._lengths))
+        full = (count := len(self._lengths)) // self._size
+        rows = np.random.default_rng([self._seed, 0, epoch]).permutation(count).astype(np.min_scalar_type(count))
         # What is left over for a last, smaller batch is drawn like any other row.
         last = rows[full * self._size :]
         rows = _sorted(rows[: full * self._size], self._lengths, self._size, full, self._ranks)
         batches = _shuffled(rows.reshape(full, self._size), self._lengths, self._ranks, [self._seed, 2, epoch])
-        return iter(np.concatenate([batches.reshape(-1), last]).tolist())
+        return numbers(np.concatenate([batches.reshape(-1), last]))
 
 
 class MixedSampler(Sampler[int]):
@@ -129,12 +130,12 @@ class MixedSampler(Sampler[int]):
         return self._rows
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._order(self._epoch()).tolist())
+        return numbers(self._order(self._epoch()))
 
     def _order(self, epoch: int) -> np.ndarray:
         """(N,) row numbers of one epoch."""
         full, rest = divmod(self._rows, self._size)
-        whole, last = self._pattern(self._size), self._pattern(rest)
+        whole, last = batch_pattern(self._size, self._ratio), batch_pattern(rest, self._ratio)
         drawn = []
         for kind, is_kind in enumerate((~whole, whole)):
             per_batch, in_last = is_kind.sum(), (last == kind).sum()
@@ -152,13 +153,6 @@ class MixedSampler(Sampler[int]):
             batches = _shuffled(batches, self._lengths, self._ranks, [self._seed, 2, epoch])
         return np.concatenate([batches.reshape(-1), end])
 
-    def _pattern(self, size: int) -> np.ndarray:
-        """(size,) whether a place of a batch is for an unlabelled row, evenly spread."""
-        count = round(self._ratio * size)
-        if size > 1:
-            count = min(max(count, 1), size - 1)
-        return np.diff(np.arange(size + 1) * count // max(size, 1)).astype(bool)
-
     def _draw(self, kind: int, epoch: int, count: int) -> np.ndarray:
         """(count,) rows of a kind: this epoch's part of the endless series of passes."""
         rows = self._kinds[kind]
@@ -169,6 +163,14 @@ class MixedSampler(Sampler[int]):
             for number in passes
         ]
         return np.concatenate([rows[:0], *series])[skipped : skipped + count]
+
+
+def batch_pattern(size: int, ratio: float) -> np.ndarray:
+    """(size,) whether a place of a batch is for an unlabelled row, evenly spread; at least one of each kind."""
+    unlabeled = round(ratio * size)
+    if size > 1:
+        unlabeled = min(max(unlabeled, 1), size - 1)
+    return np.diff(np.arange(size + 1) * unlabeled // max(size, 1)).astype(bool)
 
 
 def _sorted(rows: np.ndarray, lengths: np.ndarray, per_batch: int, full: int, ranks: int) -> np.ndarray:
@@ -208,9 +210,8 @@ def grouped_sampler(
     """
     if not _has_columns(data):
         return None
-    known = args.length_column_name in data.column_names
-    name = args.length_column_name if known else "input_ids"
-    if name not in data.column_names:
+    name = next((n for n in (args.length_column_name, "input_ids") if n in data.column_names), None)
+    if name is None:
         return None
     return GroupedSampler(_lengths(data, name), batch_size, _seed(args), epoch, args.world_size)
 
@@ -306,7 +307,7 @@ def _lengths(data: Any, name: str) -> np.ndarray:
             f"group_by_length needs the column {name} (or a column of lengths, length_column_name), there is: "
             f"{', '.join(data.column_names)}; or set train_sampling_strategy to random"
         )
-    found = [np.empty(0, dtype=np.int64)]
+    found = [np.empty(0, dtype=np.int32)]
     for column in _chunks(data, name):
         numbers = pc.list_value_length(column) if hasattr(column, "flatten") else column
         found.append(numbers.to_numpy(zero_copy_only=False))

@@ -8,7 +8,9 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
+from distill_nlp.arguments import DistillationArguments
 from distill_nlp.config import Experiment
 from distill_nlp.errors import UsageError
 from distill_nlp.materials import Materials
@@ -16,6 +18,7 @@ from distill_nlp.stage_training import Say, TrainingJob
 from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.tokenization import with_segments
+from distill_nlp.training_rows import StreamedRows
 
 
 class StageRunner:
@@ -74,6 +77,13 @@ class StageRunner:
             )
         return path
 
+    def _of_a_stream(self, arguments: DistillationArguments, has_teacher: bool) -> str:
+        evaluated = "not evaluated in training"
+        if arguments.eval_strategy == IntervalStrategy.STEPS:
+            evaluated = f"evaluated every {arguments.eval_steps:g} of {arguments.max_steps:,} steps"
+        live = f"; the teacher runs in every step: {self.materials.live_because}" if has_teacher else ""
+        return f"rows are streamed, {evaluated}{live}"
+
     def job(
         self, name: str, folder: StageFolder, fingerprint: Fingerprint, reader: TeacherPart | None = None, **parts: Any
     ) -> TrainingJob:
@@ -83,6 +93,9 @@ class StageRunner:
         tokenizer = materials.tokenizer if reader is None else reader.tokenizer
         if "text_pair" in materials.splits.train.features:
             tokenizer = with_segments(tokenizer, parts["model"])
+        if isinstance(parts["train"], StreamedRows):
+            parts["train"], parts["arguments"] = parts["train"].for_training(parts["arguments"])
+            self.say(name, self._of_a_stream(parts["arguments"], parts.get("teacher") is not None))
         return TrainingJob(
             name=name,
             folder=folder,

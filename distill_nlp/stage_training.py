@@ -181,6 +181,9 @@ class TrainingJob:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NonFiniteError as error:
             raise DistillError(f"{self.name}: {error}") from error
+        except UsageError as error:
+            # A row of a stream; from a loader's worker it comes with that one's traceback.
+            raise UsageError(f"{self.name}: {str(error).strip().rpartition('UsageError: ')[2]}") from error
         except CheckpointNotWritten as error:
             raise DistillError(f"{self.name}: {error}; when that is mended, the same command goes on") from error
         except Interrupted as error:

@@ -17,6 +17,7 @@ from distill_nlp.stage_runner import StageRunner
 from distill_nlp.stage_training import TrainingJob
 from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher_stages import TeacherStages
+from distill_nlp.training_rows import baseline_rows, student_rows
 from distill_nlp.training_settings import same_budget, training_arguments
 
 
@@ -99,7 +100,7 @@ class StudentStages:
             self.prints.baseline(seed),
             model=self._new_student(name, dry),
             losses={"ce": CrossEntropyLoss(**self._ce_arguments)},
-            train=self.materials.tokens(self.materials.splits.train),
+            train=baseline_rows(self.materials),
             arguments=self._baseline_arguments(folder, seed),
         )
 
@@ -189,6 +190,6 @@ class StudentStages:
             losses=materials.new_losses(),
             weights={key: section.weight for key, section in experiment.losses.items()},
             teacher=teachers.for_rehearsal() if dry else teachers.for_students(),
-            train=materials.student_rows if dry else teachers.student_rows,
+            train=student_rows(materials, lambda: materials.student_rows if dry else teachers.student_rows),
             arguments=arguments,
         )

@@ -24,6 +24,7 @@ from distill_nlp.teacher import TEACHER_LOGITS, CachedTeacher, Teacher
 from distill_nlp.teacher_cache import PRECISIONS
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.teacher_source import TeacherSource
+from distill_nlp.training_rows import teacher_rows
 from distill_nlp.training_settings import training_arguments
 
 
@@ -76,7 +77,7 @@ class TeacherStages:
             part,
             model=self.materials.new_teacher(part),
             losses={"ce": CrossEntropyLoss()},
-            train=self.materials.tokens(self.materials.splits.teacher_train, part),
+            train=teacher_rows(self.materials, part),
             arguments=training_arguments(
                 self.experiment.teacher_training(), folder.checkpoints, seed, self.materials.splits.problem_type
             ),

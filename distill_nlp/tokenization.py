@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -54,13 +54,7 @@ def tokenize(
     columns = [c for c in TEXT_COLUMNS if c in names]
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(
-            *(batch[c] for c in columns),
-            truncation=True,
-            max_length=max_length,
-            return_token_type_ids=token_type_ids or None,
-        )
-        tokens = {f"{prefix}{name}": rows for name, rows in encoded.items()}
+        tokens = encode_texts(batch, tokenizer, max_length, token_type_ids, prefix)
         if taken := sorted(tokens.keys() & set(names)):
             raise ValueError(f"the rows have {', '.join(taken)} already; expected another prefix than {prefix!r}")
         return tokens
@@ -69,6 +63,24 @@ def tokenize(
     # Lists, of several labels per text, are numbers already; a class index leaves the names of the classes behind.
     one_label = "labels" in tokens.column_names and not hasattr(tokens.features["labels"], "feature")
     return tokens.cast_column("labels", Value("int64")) if one_label else tokens
+
+
+def encode_texts(
+    batch: Mapping[str, list[Any]], tokenizer: Any, max_length: int, token_type_ids: bool = False, prefix: str = ""
+) -> dict[str, list[list[int]]]:
+    """Token ids of texts and, where they are there, their pairs; arguments as of `tokenize`.
+
+    Example:
+        >>> encode_texts({"text": ["good", "very bad"]}, tokenizer, 128)["input_ids"]
+        [[2, 4, 3], [2, 5, 6, 3]]
+    """
+    encoded = tokenizer(
+        *(batch[c] for c in TEXT_COLUMNS if c in batch),
+        truncation=True,
+        max_length=max_length,
+        return_token_type_ids=token_type_ids or None,
+    )
+    return {f"{prefix}{name}": rows for name, rows in encoded.items()}
 
 
 def with_segments(tokenizer: Any, model: Any) -> Any:

@@ -23,6 +23,7 @@ from distill_nlp.outputs import DistillationOutput
 from distill_nlp.parameter_groups import Freezing, layer_factors, scale_by_layer
 from distill_nlp.projections import fit_projections, projected_losses, separate_projections
 from distill_nlp.resumable import ResumableTrainer
+from distill_nlp.row_numbers import large_random_order
 from distill_nlp.sample_batches import sample_batches
 from distill_nlp.sampling import grouped_sampler, mixed_sampler
 from distill_nlp.schedules import Setting
@@ -249,8 +250,12 @@ class DistillationTrainer(ResumableTrainer):
         own = (data, self.args, self._train_batch_size, lambda: int(self.state.epoch or 0))
         if setting_of(self.args, "unlabeled_ratio") is not None:
             return mixed_sampler(*own)
-        grouped = grouped_sampler(*own) if self.args.train_sampling_strategy == "group_by_length" else None
-        return super()._get_train_sampler(train_dataset) if grouped is None else grouped
+        strategy, ordered = self.args.train_sampling_strategy, None
+        if strategy == "group_by_length":
+            ordered = grouped_sampler(*own)
+        elif strategy == "random":
+            ordered = large_random_order(data, self.args, own[-1])
+        return super()._get_train_sampler(train_dataset) if ordered is None else ordered
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keeps the columns that either model takes: a BERT teacher reads token_type_ids, its DistilBERT does not."""

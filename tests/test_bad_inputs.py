@@ -33,7 +33,7 @@ def test_the_command_refuses_it_in_one_line_or_takes_it(case, models, tmp_path):
 
 def test_the_corpus_has_all_kinds():
     assert len([case for case in CASES if case.exit != 0]) >= 150
-    assert {case.category for case in CASES} == {"configs", "data", "multi_label", "models", "commands"}
+    assert {case.category for case in CASES} == {"configs", "data", "multi_label", "models", "commands", "streaming"}
     commands = {case.command.split()[0] for case in CASES if case.command}
     assert {"run", "predict", "compare", "export", "push", "report", "cache", "sweep", "doctor"} <= commands
 

@@ -50,6 +50,7 @@ FLOORS = {
     "resumable": 4,
     "parameter_groups": 4,
     "sample_batches": 4,
+    "row_numbers": 4,
     "sampling": 4,
     "trainer": 4,
     "pipeline": 6,

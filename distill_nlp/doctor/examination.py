@@ -136,7 +136,11 @@ def _load_data(materials: Materials) -> list[Finding]:
     counts = {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
     if splits.teacher_train is not splits.train:
         counts["teacher_train"] = len(splits.teacher_train)
-    return [rows.check_row_counts(counts)]
+    found = [rows.check_row_counts(counts)]
+    if splits.streams is not None:
+        # Of the checks that follow, those of training rows are of these alone.
+        found.append(Finding("ok", "data", f"training rows are streamed: {len(splits.train):,} of them are looked at"))
+    return found
 
 
 def _load_tokenizers(materials: Materials) -> list[Finding]:

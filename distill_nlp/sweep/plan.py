@@ -23,6 +23,7 @@ from distill_nlp.config import Experiment, Section, did_you_mean
 from distill_nlp.config_file import load_experiment, read_settings
 from distill_nlp.config_training import METRICS, task_metric
 from distill_nlp.data import read_problem_type
+from distill_nlp.data_streams import streamed_problem_type
 from distill_nlp.errors import UsageError
 
 _MANAGED = {
@@ -159,7 +160,8 @@ class SweepPlan:
             UsageError: the labels are needed for that, and cannot be read.
         """
         own = experiment.training.metric_for_best_model
-        return self.sweep.metric or (own if own in METRICS else task_metric(read_problem_type(experiment.data)))
+        kind_of = streamed_problem_type if experiment.data.streaming else read_problem_type
+        return self.sweep.metric or (own if own in METRICS else task_metric(kind_of(experiment.data)))
 
 
 def load_sweep(
