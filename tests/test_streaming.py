@@ -32,6 +32,7 @@ from distill_nlp.row_stream import WINDOW, RowStream
 from distill_nlp.stream_files import BLOCK, open_source
 from distill_nlp.tokenization import encode_texts
 from distill_nlp.trainer import DistillationTrainer
+from distill_nlp.training_rows import StreamedRows
 
 STREAMED = {"data__streaming": True, "data__shuffle_buffer": 7}
 
@@ -317,6 +318,8 @@ def test_rows_that_stand_in_validation_or_test_are_left_out_of_pool_and_teacher(
     splits = load_streamed_splits(section(folder, unlabeled=pool, max_test_samples=2), "own")
     assert texts(splits.streams.unlabeled) == texts(splits.streams.teacher_train) == texts(more)
     assert texts(splits.streams.train) == texts([*more, *held])
+    some = section(folder, unlabeled=pool, max_unlabeled_samples=4)
+    assert texts(load_streamed_splits(some).streams.unlabeled) == texts(more[:3])
     assert {row["labels"] for row in splits.streams.unlabeled} == {-100}
     write_lines(folder / "own.jsonl", held)
     with pytest.raises(UsageError, match="all rows of the split 'own' stand in validation or test; none is left"):
@@ -653,6 +656,23 @@ def test_evaluations_are_a_tenth_of_the_steps_unless_given(experiment):
     plain.training.weight_decay = 0.5
     assert plain.teacher_training().weight_decay == plain.given_training.weight_decay == 0.5
     assert loaded(eval_steps=4).given_training.eval_steps == 4
+
+
+def test_a_teacher_that_is_never_trained_needs_no_steps(experiment):
+    own = {"phases": [{"training": {"max_steps": 2}}], "training": {}, "teacher__training": {}}
+    assert load_experiment(experiment(**STREAMED, **own, teacher__finetune="never")).training.eval_steps == 1
+    with pytest.raises(UsageError, match=r"teacher\.training\.max_steps is needed"):
+        load_experiment(experiment(**STREAMED, **own))
+
+
+def test_the_arguments_of_a_streamed_training_leave_its_order_to_the_stream(tmp_path):
+    rows = StreamedRows([ragged(9), ragged(9, "u")], [("", helpers.make_tokenizer(), 12)], False, 7)
+    given = helpers.make_arguments(tmp_path, unlabeled_ratio=0.5)
+    stream_of_rows, changed = rows.for_training(given)
+    assert changed.accelerator_config.dispatch_batches is False
+    assert (changed.unlabeled_ratio, given.unlabeled_ratio) == (None, 0.5)
+    assert given.accelerator_config.dispatch_batches is None
+    assert "input_ids" in stream_of_rows.column_names
 
 
 # ---- row numbers of large data sets ----
