@@ -137,7 +137,8 @@ def one_pass(data: Path) -> None:
 
     config = DataSection(dataset=str(data), validation_split="validation", streaming=True)
     rows = sum(1 for _ in load_streamed_splits(config).streams.train)
-    stream = RowStream([load_streamed_splits(config).streams.train], lambda some: some, ["text"], batch_size=32)
+    kinds = [load_streamed_splits(config).streams.train]
+    stream = RowStream(kinds, lambda some: some, ["text"], batch_size=32, strategy="random")
     for _ in islice(stream, rows):
         pass
 

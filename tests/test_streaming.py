@@ -5,6 +5,7 @@ Two processes run this file: torchrun --standalone --nproc_per_node 2 tests/test
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from distill_nlp.cli import main
 from distill_nlp.config import DataSection
 from distill_nlp.config_file import load_experiment
-from distill_nlp.data_streams import HEAD_ROWS, load_streamed_splits
+from distill_nlp.data_streams import HEAD_ROWS, StreamedSplit, load_streamed_splits
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.row_numbers import RandomOrder, numbers
 from distill_nlp.row_stream import WINDOW, RowStream
@@ -760,3 +761,17 @@ def main_of_a_rank():
 
 if __name__ == "__main__":
     main_of_a_rank()
+
+
+def test_the_benchmark_of_memory_passes_over_all_rows(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    bench = importlib.import_module("streaming_memory")
+    for split, rows in (("train", 700), ("validation", 20), ("test", 20)):
+        bench.write_texts(tmp_path / f"{split}.jsonl", rows)
+    read = []
+    passed = StreamedSplit.__iter__
+    monkeypatch.setattr(StreamedSplit, "__iter__", lambda split: (read.append(row) or row for row in passed(split)))
+    found = bench.measure("one pass", tmp_path, 1, 8)
+    assert found["peak"] > found["anonymous"] > 0
+    # Looked at, counted, looked at again, and passed over.
+    assert len(read) >= 4 * 700
