@@ -86,6 +86,10 @@ class _InTurns(TrainerCallback):
             torch.cuda.synchronize()
         self.seconds[self.on].append(time.perf_counter() - self.start)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, function in self.whole.items():
+            setattr(FiniteCheck, name, function)
+
 
 def checking(steps: int) -> str:
     """Milliseconds of a small student's step, with and without the check for NaN."""
