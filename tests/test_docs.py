@@ -76,7 +76,7 @@ def test_the_page_of_bad_inputs_counts_what_is_there():
     cases = all_cases()
     tried = Counter(case.category for case in cases)
     refused = Counter(case.category for case in cases if case.exit)
-    text = (ROOT / "docs" / "inputs.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| 0 \|", text, flags=re.MULTILINE)
     found = {name: tuple(map(int, counts)) for name, *counts in rows}
     expected = {name: (tried[name], refused[name], tried[name] - refused[name]) for name in tried}

@@ -188,3 +188,15 @@ def test_everything_the_package_exports_is_there():
     type_checked = next(node for node in TREES["distill_nlp"].body if isinstance(node, ast.If))
     names = {alias.name for node in type_checked.body for alias in node.names}
     assert names == set(distill_nlp.__all__) - {"__version__"}
+
+
+def test_what_ci_installs_has_hashes_and_the_versions_of_the_constraints():
+    lines = (PACKAGE.parent / ".ci" / "requirements.txt").read_text(encoding="utf-8").splitlines()[1:]
+    locked = dict(re.fullmatch(r"(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}", line).groups() for line in lines)
+    pinned = dict(
+        re.findall(r"^([\w.-]+)==([^;\s]+)", (PACKAGE.parent / "constraints.txt").read_text(), flags=re.MULTILINE)
+    )
+    known = {name.lower().replace("_", "-"): version for name, version in locked.items()}
+    assert {name: known.get(name.lower().replace("_", "-")) for name in pinned if name != "torch"} == {
+        name: version for name, version in pinned.items() if name != "torch"
+    }
