@@ -40,10 +40,12 @@ format: install
 	$(BIN)/ruff format .
 
 # Known vulnerabilities of what is installed; the tool has an environment of its own.
-audit: install
-	test -x $(VENV)-audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)-audit
-	$(VENV)-audit/bin/python -m pip install --quiet 'pip-audit>=2.7'
+audit: install $(VENV)-audit/bin/pip-audit
 	.ci/audit $(BIN)/python $(VENV)-audit/bin/pip-audit
+
+$(VENV)-audit/bin/pip-audit:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet 'pip-audit>=2.7'
 
 # What CI installs, with hashes; after a change of dependencies, by CPython 3.11 on Linux x86_64.
 lock:
