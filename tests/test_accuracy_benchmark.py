@@ -118,6 +118,18 @@ def test_learning_rates_of_all_phases_are_multiplied(tiny, bench, tmp_path):
     assert [section.get("learning_rate") for section in sections] == [2e-4, None, pytest.approx(1.2e-4)]
 
 
+def test_the_budgets_of_the_baselines_are_those_of_no_recipe(tiny, bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench["run"].Bench, "_distill", lambda *_: None)
+    options = SimpleNamespace(data=tmp_path, teacher=tmp_path, work=tmp_path, recipes=["rkd"], seeds=[0], jobs=1)
+    bench["run"].Bench("tiny", options).train()
+    short, long = (yaml.safe_load((tmp_path / "tiny" / f"{name}.yaml").read_text()) for name in ("base", "base_long"))
+    budgets = [
+        (found["training"]["learning_rate"], found["training"]["num_train_epochs"], found["losses"].keys())
+        for found in (short, long)
+    ]
+    assert budgets == [(pytest.approx(2e-4), 3, {"ce", "kl"}), (pytest.approx(6e-4), 6, {"ce", "kl"})]
+
+
 @pytest.mark.parametrize("option", ["--sets", "--recipes"])
 def test_an_unknown_name_is_refused_with_those_there_are(tiny, option, capsys):
     with pytest.raises(SystemExit):

@@ -94,12 +94,13 @@ WHOLE = loops.Bare(attention_dropout=0.0)
     [
         replace(WHOLE, fused=True),
         replace(WHOLE, parts=4),
+        replace(WHOLE, parts=4, teacher_at_once=True),
         replace(WHOLE, grouped=True),
         loops.Trained("plain", attention_dropout=0.0),
         loops.Trained(attention_dropout=0.0),
         loops.Trained(attention_dropout=0.0, teacher="cached"),
     ],
-    ids=["fused", "parts", "grouped", "plain Trainer", "ours", "ours, cached"],
+    ids=["fused", "parts", "parts, teacher at once", "grouped", "plain Trainer", "ours", "ours, cached"],
 )
 def test_ways_that_should_train_alike_do(after, way):
     """All rows are one batch: the order cannot matter."""

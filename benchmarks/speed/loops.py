@@ -63,6 +63,7 @@ class Bare:
         fused: AdamW in one kernel.
         medium: float32 products in bfloat16, `torch.set_float32_matmul_precision("medium")`.
         parts: each batch is sorted by length and cut into so many, whose gradients add up to the batch's.
+        teacher_at_once: the teacher runs once on the batch, not on each part.
         compiled: the student by `torch.compile`.
     """
 
@@ -74,6 +75,7 @@ class Bare:
     fused: bool = False
     medium: bool = False
     parts: int = 1
+    teacher_at_once: bool = False
     compiled: bool = False
 
     def on(self, pair: Pair, data: Dataset, size: int) -> Pass:
@@ -88,19 +90,25 @@ class Bare:
         lengths = [len(ids) for ids in data["input_ids"]]
         known = torch.randn(len(data), 2, device=device)
 
+        def batch_of(rows: list[int]) -> dict[str, torch.Tensor]:
+            return {name: value.to(device) for name, value in collate(data.__getitems__(rows)).items()}
+
+        def autocast() -> torch.autocast:
+            return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+
         def answers(batch: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
             if self.teacher == "cached":
                 return known[rows]
-            with torch.no_grad():
+            with torch.no_grad(), autocast():
                 return teacher(batch["input_ids"], batch["attention_mask"]).logits.float()
 
-        def loss_of(rows: list[int]) -> torch.Tensor:
-            batch = {name: value.to(device) for name, value in collate(data.__getitems__(rows)).items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+        def loss_of(rows: list[int], target: torch.Tensor | None) -> torch.Tensor:
+            batch = batch_of(rows)
+            with autocast():
                 logits = forward(batch["input_ids"], batch["attention_mask"]).logits.float()
-                if self.teacher == "none":
-                    return F.cross_entropy(logits, batch["labels"])
-                return divergence(logits, answers(batch, rows))
+            if self.teacher == "none":
+                return F.cross_entropy(logits, batch["labels"])
+            return divergence(logits, answers(batch, rows) if target is None else target)
 
         def once(seed: int) -> Seconds:
             batches, clock = batches_of(data, size, self.grouped, seed), Clock(device)
@@ -108,10 +116,12 @@ class Bare:
                 clock.start()
                 for rows in batches:
                     rows = sorted(rows, key=lambda row: lengths[row]) if self.parts > 1 else rows
+                    target = answers(batch_of(rows), rows) if self.teacher_at_once else None
                     each = -(-len(rows) // self.parts)
                     for first in range(0, len(rows), each):
-                        part = rows[first : first + each]
-                        (loss_of(part) * (len(part) / len(rows))).backward()
+                        part = slice(first, first + each)
+                        loss = loss_of(rows[part], None if target is None else target[part])
+                        (loss * (len(rows[part]) / len(rows))).backward()
                     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -223,9 +233,11 @@ LEVERS: dict[str, Bare] = {
     "fused AdamW": Bare(fused=True),
     "medium products": Bare(medium=True),
     "4 parts sorted by length": Bare(parts=4),
+    "4 parts sorted by length, the teacher on the whole batch": Bare(parts=4, teacher_at_once=True),
     "grouped, bf16, cached, no attention dropout, fused": Bare("cached", True, False, True, 0.0, True),
 }
 """Each lever alone, and all that go together; ratios are to the first."""
 LEVERS["the same with the teacher live"] = replace(
     LEVERS["grouped, bf16, cached, no attention dropout, fused"], teacher="live"
 )
+LEVERS["the same, the teacher's weights in bf16"] = replace(LEVERS["the same with the teacher live"], teacher_bf16=True)
