@@ -311,6 +311,11 @@ def test_classes_are_grouped_in_every_split(bench, tmp_path):
         "labels": [[1], [0, 1], [], [0, 1]],
     }
     assert made["test"]["labels"].to_pylist() == [[0], [0, 1]]
+    names = ["a", "b", "c", "d"]
+    bench["grouping"].write_grouped(tmp_path / "data", tmp_path / "one", "labels", names, groups, single=True)
+    one = {split: pq.read_table(tmp_path / "one" / f"{split}.parquet").to_pydict() for split in rows}
+    assert one["train"] == {"text": ["train 0"], "labels": [1]}
+    assert one["test"] == {"text": ["test 0"], "labels": [0]}
     for wrong, named in (({"first": ["a", "c"]}, "b, d"), (groups | {"third": ["a", "x"]}, "a, x")):
         with pytest.raises(ValueError, match=f"each class must stand in one group; there are none or two for {named}"):
             bench["grouping"].write_grouped(tmp_path / "data", tmp_path / "no", "labels", ["a", "b", "c", "d"], wrong)

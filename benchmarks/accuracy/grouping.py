@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-def write_grouped(source: Path, target: Path, column: str, names: list[str], groups: dict[str, list[str]]) -> None:
+def write_grouped(
+    source: Path, target: Path, column: str, names: list[str], groups: dict[str, list[str]], single: bool = False
+) -> None:
     """Copies the splits of a data set of several labels per text, with groups in the place of its classes.
 
     Args:
@@ -17,6 +19,7 @@ def write_grouped(source: Path, target: Path, column: str, names: list[str], gro
         column: of the labels.
         names: of the classes, by index.
         groups: name -> classes in it, in the order of the new indices; each class stands in one.
+        single: only the texts of one group, whose index is their label instead of a list.
 
     Raises:
         ValueError: a class in no group, or in two.
@@ -29,7 +32,11 @@ def write_grouped(source: Path, target: Path, column: str, names: list[str], gro
     for file in sorted(source.glob("*.parquet")):
         table = pq.read_table(file)
         labels = [sorted({place[label] for label in row}) for row in table[column].to_pylist()]
-        made = pa.table({"text": table["text"], column: pa.array(labels, pa.list_(pa.int64()))})
+        if single:
+            alone = [len(row) == 1 for row in labels]
+            table, labels = table.filter(pa.array(alone)), [row[0] for row in labels if len(row) == 1]
+        kind = pa.int64() if single else pa.list_(pa.int64())
+        made = pa.table({"text": table["text"], column: pa.array(labels, kind)})
         partial = target / f".{file.name}.tmp"
         pq.write_table(made, partial)
         partial.replace(target / file.name)

@@ -108,15 +108,15 @@ class Bench:
                 self.set[block][key] = str(options.teacher.resolve())
             elif key in self.set[block]:
                 self.set[block][key] = str((root / self.set[block][key]).resolve())
-        groups = self.set.pop("groups", None)
+        groups, single = self.set.pop("groups", None), self.set.pop("single_label", False)
         if groups is not None:
-            self._group_classes(groups)
+            self._group_classes(groups, single)
 
-    def _group_classes(self, groups: dict[str, list[str]]) -> None:
+    def _group_classes(self, groups: dict[str, list[str]], single: bool) -> None:
         data = self.set["data"]
         if not self.options.table:
             target = self.folder / "data"
-            write_grouped(Path(data["dataset"]), target, data["label_column"], data["label_names"], groups)
+            write_grouped(Path(data["dataset"]), target, data["label_column"], data["label_names"], groups, single)
         data |= {"dataset": str(self.folder / "data"), "label_names": list(groups)}
 
     def train(self) -> None:
