@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distill_nlp.config_checks import Section
 
@@ -39,12 +39,20 @@ class StudentSection(Section):
     config: dict[str, Any] | None = Field(None, description="{model_type: distilbert, dim: 64, ...}, from scratch")
     from_teacher: FromTeacher | None = Field(None, description="copies of the teacher's layers")
     overrides: dict[str, Any] = Field({}, description="settings of the student's config to change")
-    attention_dropout: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="of its attention, under whatever name its config has for it; 0 is quicker on a CPU",
+    attention_dropout: float | Literal["auto"] | None = Field(
+        "auto",
+        description="of its attention, under whatever name its config has for it; auto: 0, unless config or overrides "
+        "have it; null: as the checkpoint has it",
     )
+
+    @field_validator("attention_dropout", mode="before")
+    @classmethod
+    def _rate_or_auto(cls, value: Any) -> Any:
+        # Of a union, pydantic would say what is wrong once for each member.
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value in (None, "auto") or (number and 0 <= value < 1):
+            return value
+        raise ValueError(f"expected auto, null, or a rate from 0 to below 1, got {value!r}")
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentSection:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -51,7 +51,7 @@ def build_student(
     overrides: dict[str, Any] | None = None,
     revision: str | None = None,
     problem_type: ProblemType | None = None,
-    attention_dropout: float | None = None,
+    attention_dropout: float | Literal["auto"] | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> PreTrainedModel:
     """Builds a student with a head for these classes, in float32; what is drawn at random follows `torch.manual_seed`.
@@ -66,7 +66,8 @@ def build_student(
         revision: of `model` on the Hub.
         problem_type: for the student's config; not given, it is left as it is.
         attention_dropout: for the student's config, under the name that it has there (see
-            `attention_dropout_name`); not given, it is left as it is.
+            `attention_dropout_name`); "auto": 0, where there is such a setting and neither `config` nor `overrides`
+            have it; not given, it is left as it is.
         say: gets one line of what was made.
 
     Raises:
@@ -110,11 +111,13 @@ def attention_dropout_name(config: Any) -> str | None:
     return next((name for name in ("attention_dropout", "attention_probs_dropout_prob") if name in known), None)
 
 
-def _dropout(config: Any, rate: float | None, given: dict[str, Any]) -> dict[str, Any]:
+def _dropout(config: Any, rate: float | Literal["auto"] | None, given: dict[str, Any]) -> dict[str, Any]:
     """The setting of a config like this one that makes its attention dropout this rate."""
     if rate is None:
         return {}
     name = attention_dropout_name(config)
+    if rate == "auto":
+        return {} if name is None or name in given else {name: 0.0}
     if name is None:
         raise ValueError(f"attention_dropout is none of {config.model_type}'s settings: leave it out")
     if name in given:

@@ -291,7 +291,8 @@ def test_unknown_words_and_rare_classes_are_found(parts):
 
 def test_settings_are_looked_at(parts):
     changes = {"training__learning_rate": 1.0, "teacher__training": {"learning_rate": 2.0}}
-    findings = examine(*parts(**changes, teacher__overrides={}, student__overrides={}), seconds=0)
+    changes |= {"student__overrides": {}, "student__attention_dropout": 0.1}
+    findings = examine(*parts(**changes, teacher__overrides={}), seconds=0)
     rates = [f for f in findings if f.check == "learning rate"]
     assert [f.level for f in rates] == ["warning", "warning"]
     assert "teacher.training.learning_rate is 2" in rates[1].what

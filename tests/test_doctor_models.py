@@ -109,13 +109,17 @@ def test_a_model_whose_attention_cannot_be_captured_is_a_stop(role):
     ("dropout", "device", "level"), [(0.1, "cpu", "warning"), (0.0, "cpu", "ok"), (0.1, "cuda", "ok")]
 )
 def test_attention_dropout_is_slow_on_the_cpu(make, dropout, device, level):
-    for role in ("student", "teacher"):
-        found = check_attention_dropout(make(dropout=dropout).config, role, device)
+    name = "attention_dropout" if make is make_student else "attention_probs_dropout_prob"
+    for role, place, fix in (
+        ("student", None, "--student.attention_dropout 0"),
+        ("student", "overrides", f"--student.overrides.{name} 0"),
+        ("student", "config", f"--student.config.{name} 0"),
+        ("teacher", None, f"--teacher.overrides.{name} 0.0"),
+    ):
+        settings = SimpleNamespace(**{"overrides": {}, "config": None} | ({place: {name: dropout}} if place else {}))
+        found = check_attention_dropout(make(dropout=dropout).config, role, device, settings)
         assert found.level == level
-        if level == "warning":
-            name = "attention_dropout" if make is make_student else "attention_probs_dropout_prob"
-            fixes = {"student": "--student.attention_dropout 0", "teacher": f"--teacher.overrides.{name} 0.0"}
-            assert found.fix == fixes[role]
+        assert found.fix == (fix if level == "warning" else "")
 
 
 def test_a_model_without_attention_dropout_is_ok():

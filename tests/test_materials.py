@@ -35,3 +35,21 @@ def test_balanced_class_weights_need_a_row_of_each_class(experiment, tmp_path):
 def test_the_students_attention_dropout_is_that_of_the_settings(experiment):
     student = Materials(load_experiment(experiment(student__attention_dropout=0.25))).new_student()
     assert student.config.attention_dropout == 0.25
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({}, 0.0),
+        ({"student__attention_dropout": None}, 0.1),
+        ({"student__overrides": {"attention_dropout": 0.2}}, 0.2),
+        ({"student__overrides": {"dropout": 0.2}}, 0.0),
+    ],
+    ids=["by default", "as it has it", "overrides", "other overrides"],
+)
+def test_students_have_no_attention_dropout_unless_it_is_set(experiment, settings, rate):
+    student = Materials(load_experiment(experiment(**settings))).new_student()
+    assert student.config.attention_dropout == rate
+    inside = [m.dropout.p for n, m in student.named_modules() if n.endswith(".attention")]
+    assert inside
+    assert set(inside) == {rate}

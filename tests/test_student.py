@@ -323,3 +323,13 @@ def test_attention_dropout_that_is_set_twice_or_unknown_is_refused():
         build_student(LABELS, config={**SMALL, "attention_dropout": 0.1}, attention_dropout=0.0)
     with pytest.raises(ValueError, match="attention_dropout is none of fnet's settings"):
         build_student(LABELS, config={"model_type": "fnet"}, attention_dropout=0.0)
+
+
+def test_automatic_attention_dropout_is_zero_where_nothing_sets_it():
+    name = "attention_dropout"
+    assert build_student(LABELS, config=SMALL, attention_dropout="auto").config.attention_dropout == 0
+    for given in ({"config": {**SMALL, name: 0.3}}, {"config": SMALL, "overrides": {name: 0.3}}):
+        assert build_student(LABELS, **given, attention_dropout="auto").config.attention_dropout == 0.3
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 50}
+    fnet = build_student(LABELS, config={"model_type": "fnet", **small}, attention_dropout="auto")
+    assert attention_dropout_name(fnet.config) is None

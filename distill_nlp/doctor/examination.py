@@ -229,7 +229,10 @@ def _check_student(found: _Findings, subject: Subject) -> None:
     found.add("sizes", sizes)
     found.add("embeddings", embeddings)
     found.add("losses", losses)
-    found.add("student dropout", lambda: models.check_attention_dropout(subject.student.config, "student", device))
+    found.add(
+        "student dropout",
+        lambda: models.check_attention_dropout(subject.student.config, "student", device, subject.experiment.student),
+    )
     if objective.needs_teacher:
         level = objective.token_level()
         for part in materials.teachers:

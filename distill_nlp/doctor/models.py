@@ -99,13 +99,14 @@ def _implementation(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "of its own")
 
 
-def check_attention_dropout(config: Any, role: str, device: str) -> Finding:
+def check_attention_dropout(config: Any, role: str, device: str, settings: Any = None) -> Finding:
     """Whether attention dropout keeps the CPU from its fast attention.
 
     Args:
         config: of a model that is trained.
         role: "student" or "teacher".
         device: type of the device, "cpu" or "cuda".
+        settings: of the student, with `overrides` and `config`, one of which may set the rate.
     """
     name = attention_dropout_name(config)
     rate = config.to_dict()[name] if name else 0.0
@@ -118,8 +119,14 @@ def check_attention_dropout(config: Any, role: str, device: str) -> Finding:
         f"attention dropout {rate:g} on the CPU",
         "PyTorch then takes its slow path, which also keeps the maps: forward and backward took 1.25 times as long at "
         "128 tokens and 1.57 times at 512",
-        "--student.attention_dropout 0" if role == "student" else f"--{role}.overrides.{name} 0.0",
+        f"--{_setting_of_dropout(settings, name)} 0" if role == "student" else f"--{role}.overrides.{name} 0.0",
     )
+
+
+def _setting_of_dropout(settings: Any, name: str) -> str:
+    """What sets a student's attention dropout: the rate must not stand in two places."""
+    places = [place for place in ("overrides", "config") if name in (getattr(settings, place, None) or {})]
+    return f"student.{places[0]}.{name}" if places else "student.attention_dropout"
 
 
 def check_losses(
