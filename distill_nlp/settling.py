@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from distill_nlp.config import CONFIG_FILE, Experiment
 from distill_nlp.config_training import TrainingSection
+from distill_nlp.data_files import first_line
 from distill_nlp.doctor import Subject, fitting_batch_size
 from distill_nlp.durable_files import read_json
 from distill_nlp.fingerprints import Fingerprints
@@ -78,6 +80,8 @@ class OpenSettings:
                     [lambda subject=subject: fitting_batch_size(subject, rows) for subject in subjects],
                 )
             )
+            owners = [self._experiment.teacher.training, *(phase.training for phase in self._experiment.phases)]
+            _keep_steps(owners, training.gradient_accumulation_steps, size)
             _set_batch_size(training, rows, size)
 
     def _subject(self, materials: Materials) -> Subject:
@@ -91,11 +95,15 @@ class OpenSettings:
         if record is not None or not measure:
             return precision_of(record)
         training, length = self._experiment.training, self._experiment.data.max_length
-        texts = self._materials.splits.validation[:_ROWS_FOR_LENGTH]["text"]
-        encoded = self._materials.tokenizer(texts, truncation=True, max_length=length)
-        tokens = round(sum(map(len, encoded["input_ids"])) / len(texts))
+        usual = self._materials.splits.validation[:_ROWS_FOR_LENGTH]
+        encoded = self._materials.tokenizer(usual["text"], usual.get("text_pair"), truncation=True, max_length=length)
+        tokens = round(sum(map(len, encoded["input_ids"])) / len(usual["text"]))
         rows = training.per_device_train_batch_size
-        chosen, line = prefers_bf16(self._materials.new_student, rows, tokens, self._state.device)
+        try:
+            chosen, line = prefers_bf16(self._materials.new_student, rows, tokens, self._state.device)
+        except (RuntimeError, ValueError, IndexError) as error:
+            # What does not fit is said by the checks that follow, and random tokens are not for every model.
+            chosen, line = False, f"fp32: a step of the student could not be measured ({first_line(error)})"
         if line is not None:
             self._say("precision", line)
         return chosen
@@ -119,6 +127,23 @@ def _recorded(record: dict[str, Any] | None, rows: int, of_teacher: bool = False
         given |= (record.get("teacher") or {}).get("training") or {}
     size = given.get("per_device_train_batch_size", _USUAL_BATCH)
     return size if size * given.get("gradient_accumulation_steps", 1) == rows else None
+
+
+def _keep_steps(owners: Sequence[TrainingSection], accumulation: int, size: int) -> None:
+    """Has the trainings that share only a half of their batch size with the rest take as many rows a step as before.
+
+    Args:
+        owners: settings of their own over the shared ones.
+        accumulation: that is shared until now.
+        size: that fits, and is to be shared.
+    """
+    for own in owners:
+        named = {"per_device_train_batch_size", "gradient_accumulation_steps"} & own.model_fields_set
+        if named == {"per_device_train_batch_size"}:
+            own.gradient_accumulation_steps = accumulation
+        elif named == {"gradient_accumulation_steps"}:
+            rows = _USUAL_BATCH * own.gradient_accumulation_steps
+            _set_batch_size(own, rows, math.gcd(rows, size))
 
 
 def _set_batch_size(section: TrainingSection, rows: int, size: int) -> None:

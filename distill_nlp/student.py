@@ -41,6 +41,10 @@ def task_settings(
     return {**label_arguments(label_names, problem_type), **overrides}
 
 
+# As DistilBERT, BERT and GPT-2 have it.
+_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+
+
 def build_student(
     label_names: Sequence[str],
     *,
@@ -108,7 +112,7 @@ def attention_dropout_name(config: Any) -> str | None:
         'attention_probs_dropout_prob'
     """
     known = config.to_dict()
-    return next((name for name in ("attention_dropout", "attention_probs_dropout_prob") if name in known), None)
+    return next((name for name in _ATTENTION_DROPOUT if name in known), None)
 
 
 def _dropout(config: Any, rate: float | Literal["auto"] | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -164,9 +164,11 @@ def test_a_run_that_began_with_the_usual_size_keeps_it(experiment, fits, no_doct
 
 
 def test_all_phases_fit(experiment, monkeypatch, tmp_path):
-    """The smallest of what their losses leave room for; a phase with its own size keeps it."""
-    phases = [{"losses": {"kl": {}}, "training": {"per_device_train_batch_size": 2}}, {"losses": {"ce": {}}}]
-    pipeline = Pipeline(load_experiment(experiment(training=AUTO, phases=phases)))
+    """The smallest of what their losses leave room for; who has an own size or own steps keeps the rows of a step."""
+    own = {"per_device_train_batch_size": 2}
+    phases = [{"losses": {"kl": {}}, "training": own}, {"losses": {"ce": {}}}]
+    phases.append({"losses": {"ce": {}}, "training": {"gradient_accumulation_steps": 3}})
+    pipeline = Pipeline(load_experiment(experiment(training=AUTO, phases=phases, teacher__training=own)))
     fit = {"kl": 4, "ce": 8}
     monkeypatch.setattr(
         settling,
@@ -175,7 +177,8 @@ def test_all_phases_fit(experiment, monkeypatch, tmp_path):
     )
     pipeline.settle()
     assert sizes(pipeline.experiment.training) == (4, 8, False)
-    assert [sizes(e.training)[:2] for e in pipeline.experiment.student_trainings()] == [(2, 8), (4, 8)]
+    assert [sizes(e.training)[:2] for e in pipeline.experiment.student_trainings()] == [(2, 2), (4, 8), (4, 12)]
+    assert sizes(pipeline.experiment.teacher_training()) == (2, 2, False)
 
 
 def test_a_finished_teacher_is_not_measured(experiment, tmp_path, fits, no_doctor):

@@ -247,6 +247,36 @@ def test_the_trials_of_a_sweep_train_as_its_teacher_did(experiment, tmp_path, pr
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("sizes\ndo not match"), torch.OutOfMemoryError("too much"), ValueError("no")]
+)
+def test_a_step_that_cannot_be_measured_is_left_in_fp32(experiment, monkeypatch, error):
+    """The checks that come later say what is wrong, if it is."""
+
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(settling, "prefers_bf16", fails)
+    said: list[str] = []
+    pipeline = Pipeline(load_experiment(experiment()), said.append)
+    pipeline.settle()
+    assert pipeline.experiment.training.bf16 is False
+    assert any("fp32: a step of the student could not be measured (" in line and "\n" not in line for line in said)
+
+
+def test_the_usual_length_of_pairs_is_that_of_both_texts(experiment, monkeypatch, tmp_path, prefers):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    asked = prefers(False)
+    for split, rows in (("train", 40), ("validation", 12), ("test", 12)):
+        lines = [f"{i % 2},a b c {split} {i},d e f g h i" for i in range(rows)]
+        (tmp_path / f"{split}.csv").write_text("label,text,other\n" + "\n".join(lines) + "\n")
+    for more in ({}, {"text_pair_column": "other"}):
+        data = {"dataset": str(tmp_path), "validation_split": "validation", "max_length": 32} | more
+        Pipeline(load_experiment(experiment(data=data | {"label_names": ["bad", "good"]}))).settle()
+    assert asked[1] >= asked[0] + 6
+
+
 def test_a_report_measures_nothing(experiment, prefers):
     asked = prefers(True)
     pipeline = Pipeline(load_experiment(experiment()))

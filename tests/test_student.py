@@ -333,3 +333,9 @@ def test_automatic_attention_dropout_is_zero_where_nothing_sets_it():
     small = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 50}
     fnet = build_student(LABELS, config={"model_type": "fnet", **small}, attention_dropout="auto")
     assert attention_dropout_name(fnet.config) is None
+
+
+def test_gpt2_has_attention_dropout_too():
+    small = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50, "pad_token_id": 0}
+    for rate, wanted in (("auto", 0.0), (0.25, 0.25), (None, 0.1)):
+        assert build_student(LABELS, config=small, attention_dropout=rate).config.attn_pdrop == wanted
