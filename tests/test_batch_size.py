@@ -93,6 +93,30 @@ def test_the_estimate_is_a_line_in_the_rows_and_leaves_no_trace(subject):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_a_loss_whose_weight_rises_from_nothing_counts(experiment):
+    def of(weight):
+        made = load_experiment(experiment(losses={"kl": {}, "attention": {"weight": weight, "layers": "uniform"}}))
+        return needed(Subject(Materials(made), Fingerprints(made, Materials(made))), 16)
+
+    assert of({"schedule": "linear", "start": 0.0, "end": 1.0}) == of(1.0)
+
+
+def test_the_teachers_rows_are_as_long_as_its_longest(experiment, tmp_path):
+    """A few long ones among many."""
+
+    def of(longest):
+        for split, rows in (("train", 1000), ("validation", 12), ("test", 12)):
+            texts = ["a b" if i % 200 else " ".join("abcdefghij"[:longest]) for i in range(rows)]
+            lines = [f"{i % 2},{text} {split} {i}" for i, text in enumerate(texts)]
+            (tmp_path / f"{split}.csv").write_text("label,text\n" + "\n".join(lines) + "\n")
+        made = load_experiment(experiment(data__dataset=str(tmp_path), data__label_names=["bad", "good"]))
+        materials = Materials(made)
+        part = materials.lead
+        return needed(Subject(materials, Fingerprints(made, materials)), 16, part)
+
+    assert of(10) > of(2)
+
+
 def test_ranks_share_the_memory_of_a_machine(subject, monkeypatch):
     free = (needed(subject, 16) + needed(subject, 17)) / 2 / 0.7
     monkeypatch.setattr(fitting, "free_memory", lambda device: (free, "system"))

@@ -196,6 +196,8 @@ class Subject:
     def student_step(self) -> tuple[Step, list[torch.Tensor]]:
         """A step of the distilled student, and the weights of the teacher that runs in it."""
         objective = self.new_objective()
+        # A loss whose weight rises from 0 needs its memory later.
+        objective.weights = {name: schedule.highest for name, schedule in objective.schedules.items()}
         student = self.materials.new_student().to(self.device)
         config = self.lead_model.config
         model = DistillationModel(student, objective, config if objective.needs_teacher else None)
