@@ -80,13 +80,15 @@ class Pipeline:
             UsageError: data, models and settings do not fit each other, or the doctor stops the run.
         """
         self._check_materials()
-        self.settle(measure=bool({"teacher", "baseline", "student"} & set(stages)))
+        trains = bool({"teacher", "baseline", "student"} & set(stages))
+        self.settle(measure=trains)
         if "baseline" in stages or "student" in stages:
             self.students.check()
         doctor = doctor and self._is_something_to_train(stages)
         if doctor:
             self._heed(partial(self._examine, stages))
-        if self.state.is_main_process:
+        # A report of nothing must not decide the precision of a run that has not begun.
+        if self.state.is_main_process and (trains or (self.root / CONFIG_FILE).is_file()):
             write_json(self.root / CONFIG_FILE, _settings(self.experiment))
         if "teacher" in stages and self.teachers.train() and doctor:
             self._heed(partial(examine_teachers, self.materials, self.prints))

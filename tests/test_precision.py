@@ -277,6 +277,17 @@ def test_the_usual_length_of_pairs_is_that_of_both_texts(experiment, monkeypatch
     assert asked[1] >= asked[0] + 6
 
 
+def test_a_report_of_nothing_decides_nothing(experiment, monkeypatch, tmp_path, prefers, no_doctor):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    asked = prefers(True)
+    with pytest.raises(UsageError):
+        Pipeline(load_experiment(experiment())).run(("report",))
+    pipeline = Pipeline(load_experiment(experiment()))
+    pipeline.settle()
+    assert len(asked) == 1
+    assert pipeline.experiment.training.bf16
+
+
 def test_a_report_measures_nothing(experiment, prefers):
     asked = prefers(True)
     pipeline = Pipeline(load_experiment(experiment()))
