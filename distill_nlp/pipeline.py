@@ -80,15 +80,14 @@ class Pipeline:
             UsageError: data, models and settings do not fit each other, or the doctor stops the run.
         """
         self._check_materials()
-        trains = bool({"teacher", "baseline", "student"} & set(stages))
-        self.settle(measure=trains)
+        self.settle(measure=bool({"teacher", "baseline", "student"} & set(stages)))
         if "baseline" in stages or "student" in stages:
             self.students.check()
         doctor = doctor and self._is_something_to_train(stages)
         if doctor:
             self._heed(partial(self._examine, stages))
         # A report of nothing must not decide the precision of a run that has not begun.
-        if self.state.is_main_process and (trains or (self.root / CONFIG_FILE).is_file()):
+        if self.state.is_main_process and (set(stages) != {"report"} or (self.root / CONFIG_FILE).is_file()):
             write_json(self.root / CONFIG_FILE, _settings(self.experiment))
         if "teacher" in stages and self.teachers.train() and doctor:
             self._heed(partial(examine_teachers, self.materials, self.prints))
