@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 
 import distill_nlp
 from distill_nlp.arguments import DistillationArguments
@@ -73,27 +74,31 @@ def training_arguments(
     # bf16 without an accelerator is refused by TrainingArguments unless the CPU is asked for by name.
     values["use_cpu"] = values["use_cpu"] or not torch.accelerator.is_available()
     strategy = values["eval_strategy"]
-    return DistillationArguments(
-        **{
-            # One more than is needed: where the newest is found damaged, not all is lost.
-            "save_total_limit": 2,
-            "disable_tqdm": not sys.stderr.isatty(),
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            **values,
-            "output_dir": str(output_dir),
-            "seed": seed,
-            "save_strategy": strategy,
-            "save_steps": values["eval_steps"] or 500,
-            "load_best_model_at_end": strategy != "no",
-            "greater_is_better": values["metric_for_best_model"] != "loss",
-        }
-    )
+    # The arguments know no fp32 that is asked for: they would take the launcher's precision.
+    with patch_environment(ACCELERATE_MIXED_PRECISION=mixed_precision(section)):
+        return DistillationArguments(
+            **{
+                # One more than is needed: where the newest is found damaged, not all is lost.
+                "save_total_limit": 2,
+                "disable_tqdm": not sys.stderr.isatty(),
+                "dataloader_pin_memory": torch.cuda.is_available(),
+                **values,
+                "output_dir": str(output_dir),
+                "seed": seed,
+                "save_strategy": strategy,
+                "save_steps": values["eval_steps"] or 500,
+                "load_best_model_at_end": strategy != "no",
+                "greater_is_better": values["metric_for_best_model"] != "loss",
+            }
+        )
 
 
 def mixed_precision(section: TrainingSection) -> str:
-    """The autocast of a training, as accelerate names it: by its settings, else by the launcher."""
+    """The autocast of a training, as accelerate names it: by its settings, fp32 among them, else by the launcher."""
     if section.bf16 or section.fp16:
         return "bf16" if section.bf16 else "fp16"
+    if {"bf16", "fp16"} & section.model_fields_set:
+        return "no"
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,8 @@ from distill_nlp import precision, settling
 from distill_nlp.config_file import load_experiment
 from distill_nlp.errors import UsageError
 from distill_nlp.pipeline import Pipeline
-from distill_nlp.training_settings import mixed_precision
+from distill_nlp.trainer import DistillationTrainer
+from distill_nlp.training_settings import mixed_precision, training_arguments
 
 CPU = torch.device("cpu")
 
@@ -78,6 +80,36 @@ def test_a_launcher_that_names_one_decides(experiment, monkeypatch, launcher, is
     assert precision.is_open(load_experiment(experiment())) is is_open
     assert precision.is_open(load_experiment(experiment(training__precision="auto"))) is is_open
     assert not precision.is_open(load_experiment(experiment(training__bf16=False)))
+
+
+@pytest.mark.parametrize("launcher", ["bf16", "fp16"])
+def test_fp32_by_name_stands_over_a_launchers_precision(experiment, monkeypatch, tmp_path, launcher):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    own = {"training__precision": "fp32"}
+    teachers = {"training__bf16": True, "teacher__training": {"max_steps": 4, "precision": "fp32"}}
+    sections = [
+        load_experiment(experiment(**own)).training,
+        load_experiment(experiment(**own)).teacher_training(),
+        load_experiment(experiment(**teachers)).teacher_training(),
+        load_experiment(experiment(phases=[{"training": {"precision": "fp32"}}])).student_trainings()[0].training,
+    ]
+    assert [mixed_precision(section) for section in sections] == ["no"] * 4
+    assert [training_arguments(section, tmp_path, 0).mixed_precision for section in sections] == ["no"] * 4
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == launcher
+    assert training_arguments(load_experiment(experiment()).training, tmp_path, 0).mixed_precision == launcher
+
+
+def test_fp32_by_name_is_what_a_run_trains_in(experiment, monkeypatch, no_doctor):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    found = []
+    plain = DistillationTrainer.training_step
+    monkeypatch.setattr(
+        DistillationTrainer,
+        "training_step",
+        lambda self, *rest: (found.append(self.accelerator.mixed_precision), plain(self, *rest))[1],
+    )
+    Pipeline(load_experiment(experiment(training__precision="fp32"))).run(("teacher", "student"))
+    assert set(found) == {"no"}
 
 
 def test_what_is_settled_reaches_all_that_name_nothing(experiment):
@@ -172,8 +204,11 @@ def test_a_real_model_is_measured_and_nothing_stays_of_it():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_whether_a_device_has_bfloat16_can_be_told():
-    assert precision.computes_bf16("cpu") in (True, False)
+@pytest.mark.parametrize(("built", "supported"), [(True, True), (True, False), (False, True)])
+def test_a_cpu_has_bfloat16_where_onednn_has_kernels_for_it(monkeypatch, built, supported):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: built)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert precision.computes_bf16("cpu") is (built and supported)
     assert precision.computes_bf16("mps") is True
 
 
