@@ -6,6 +6,8 @@ import codecs
 import csv
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +210,23 @@ def _read_label_folders(folders: list[Path]) -> Any:
 
 def _load_from_hub(dataset: str, split: str, config_name: str | None, revision: str | None) -> Any:
     from datasets import load_dataset
+
+    with asking_hub(dataset):
+        return load_dataset(dataset, config_name, split=split, revision=revision)
+
+
+@contextmanager
+def asking_hub(dataset: str) -> Iterator[None]:
+    """Says in a line why a data set of that name did not come from the Hub.
+
+    Raises:
+        UsageError: there is none, or it has no such configuration or split.
+        DistillError: the Hub cannot be reached.
+    """
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return load_dataset(dataset, config_name, split=split, revision=revision)
+        yield
     except DatasetNotFoundError as error:
         raise UsageError(f"data.dataset: {first_line(error)}; is it a local folder that is missing?") from error
     except (ConnectionError, OSError) as error:

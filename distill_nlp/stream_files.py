@@ -14,6 +14,7 @@ from typing import Any
 from distill_nlp.data_files import (
     LOADERS,
     SEPARATORS,
+    asking_hub,
     check_header,
     first_line,
     is_saved,
@@ -94,14 +95,16 @@ def _files_source(files: list[Path], label_column: str) -> Source:
         if file.stat().st_size == 0:
             raise UsageError(f"data: {file} is empty")
     read = {".parquet": _parquet, ".txt": _lines, ".csv": _table, ".tsv": _table}.get(files[0].suffix, _objects)
-    features = None
+    features, kind = None, None
     if read is _parquet:
         columns, features = _parquet_schema(files[0])
     else:
-        columns = list(next(_guarded(files[0], read), {}))
+        first = next(_guarded(files[0], read), {})
+        columns = list(first)
         if not columns:
             raise UsageError(f"data: {files[0]} has no rows")
-    kind = _kind(next(_guarded(files[0], read)).get(label_column, [])) if read is _table else None
+        if read is _table:
+            kind = _kind(first.get(label_column, []))
 
     def blocks(wanted: list[str]) -> Iterator[Columns]:
         for file in files:
@@ -254,20 +257,10 @@ def _saved_source(path: Path, split: str) -> Source:
 
 def _hub_source(dataset: str, split: str, config_name: str | None, revision: str | None) -> Source:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
-    try:
+    with asking_hub(dataset):
         stream = load_dataset(dataset, config_name, split=split, revision=revision, streaming=True)
         columns = stream.column_names or list(next(iter(stream), {}))
-    except DatasetNotFoundError as error:
-        raise UsageError(f"data.dataset: {first_line(error)}; is it a local folder that is missing?") from error
-    except (ConnectionError, OSError) as error:
-        raise DistillError(
-            f"data.dataset: cannot load {dataset!r}: {first_line(error)}. It is no local folder, so the Hub was "
-            "asked; check the network, or name a local folder"
-        ) from error
-    except ValueError as error:
-        raise UsageError(f"data.dataset {dataset!r}: {first_line(error)}") from error
 
     def blocks(wanted: list[str]) -> Iterator[Columns]:
         rows = 0

@@ -20,7 +20,6 @@ from distill_nlp.doctor.memory import (
     tensor_bytes,
 )
 from distill_nlp.doctor.subject import AUTOCAST, Subject
-from distill_nlp.doctor.texts import SAMPLE_ROWS
 from distill_nlp.doctor.trace import no_trace
 from distill_nlp.teacher_parts import TeacherPart
 
@@ -101,8 +100,7 @@ def _student_memory(subject: Subject, rows: int) -> MemoryEstimate:
 
 def _teacher_memory(subject: Subject, part: TeacherPart, rows: int) -> MemoryEstimate:
     step = subject.teacher_step(part)
-    sample = subject.encoded(subject.materials.splits.teacher_train, SAMPLE_ROWS, part)
-    longest = max(sample, key=lambda row: len(row["input_ids"]))
+    longest = subject.longest_row_of(part)
     section, config = subject.experiment.teacher_training(), step.model.student.config
     collate = subject.collate_for(part)
     return _estimate(subject, step, _activations(step, longest, collate, rows, section, config))

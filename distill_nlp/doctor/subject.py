@@ -54,6 +54,7 @@ class Subject:
         self.prints = prints
         self.experiment = materials.experiment
         self.root = Path(self.experiment.output_dir).expanduser()
+        self._longest: dict[str, dict[str, Any]] = {}
         on_cpu = self.experiment.training.use_cpu
         self.device = torch.device("cpu") if on_cpu else torch.device(materials.state.device)
         self.ranks = materials.state.num_processes
@@ -114,6 +115,13 @@ class Subject:
         longest = max(self.step_rows, key=lambda row: len(row["input_ids"]))
         lengths = [int(s.lengths.max()) for name, s in self.samples.items() if name in ("train", "unlabeled")]
         return stretched(longest, min(max(lengths), self.experiment.data.max_length))
+
+    def longest_row_of(self, part: TeacherPart) -> dict[str, Any]:
+        """The longest of a sample of a teacher's own training, which is read once."""
+        if part.name not in self._longest:
+            rows = self.encoded(self.materials.splits.teacher_train, SAMPLE_ROWS, part)
+            self._longest[part.name] = max(rows, key=lambda row: len(row["input_ids"]))
+        return self._longest[part.name]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """Encoded rows as a batch on the device."""
