@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from distill_nlp.config_batch_size import check_auto_batch_size
 from distill_nlp.config_checks import Section, did_you_mean, folder_name, mistake
 from distill_nlp.config_streaming import check_streaming, streamed_training
 from distill_nlp.config_student import StudentSection
@@ -264,10 +265,7 @@ class Experiment(Section):
             raise ValueError(
                 f"data.tokenizer is needed where the teacher has no checkpoint; `{TRAIN_TOKENIZER}` trains one"
             )
-        if own := [i for i, phase in enumerate(self.phases) if phase.training.auto_batch_size]:
-            raise ValueError(
-                f"phases.{own[0]}.training.per_device_train_batch_size: auto is for all phases: set it in training"
-            )
+        check_auto_batch_size(self)
         sections = {"training": self.training} | {f"phases.{i}.training": p.training for i, p in enumerate(self.phases)}
         ratios = [f"{name}.unlabeled_ratio" for name, own in sections.items() if own.unlabeled_ratio is not None]
         pool = {

@@ -33,6 +33,8 @@ def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -
     settings = read_settings(path, "config")
     for name, value in (overrides or {}).items():
         _set(settings, name, value)
+    for name, value in (overrides or {}).items():
+        _leave_out_what_it_replaces(settings, name, value, overrides or {})
     _refuse_placeholders(settings, path)
     try:
         return Experiment.model_validate(settings)
@@ -116,6 +118,22 @@ def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
             raise UsageError(f"--{dotted}: {'.'.join(parents[: i + 1])} is not a block of settings")
         settings = inner
     settings[last] = value
+
+
+def _leave_out_what_it_replaces(settings: dict[str, Any], dotted: str, value: Any, overrides: dict[str, Any]) -> None:
+    """The file's other way to say a precision, which would contradict the one on the command line."""
+    *parents, last = dotted.split(".")
+    if last == "precision":
+        others: tuple[str, ...] = ("bf16", "fp16")
+    elif last in ("bf16", "fp16") and value is True:
+        others = ("precision",)
+    else:
+        return
+    for name in parents:
+        settings = settings[name]
+    for other in others:
+        if ".".join([*parents, other]) not in overrides:
+            settings.pop(other, None)
 
 
 def _explain(error: Any) -> str:

@@ -184,8 +184,11 @@ def laid_over(below: TrainingSection, above: TrainingSection, without: Collectio
         without: settings of the lower one that do not count.
     """
     own = above.model_dump(exclude_unset=True)
-    # A batch size ends that it is found.
-    left_out = {*without, *({"auto_batch_size"} if "per_device_train_batch_size" in own else ())}
+    left_out = set(without)
+    if "per_device_train_batch_size" in own:
+        left_out.add("auto_batch_size")
+    if own.get("bf16") or own.get("fp16"):
+        left_out |= {"bf16", "fp16"}
     return below.model_dump(exclude_unset=True, exclude=left_out) | own
 
 

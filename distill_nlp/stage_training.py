@@ -55,6 +55,7 @@ class TrainingJob:
         tokenizer: or another processor, saved with the model.
         max_length: of the rows, in tokens, where they are texts.
         callbacks: of the Trainer, beside those of the stage.
+        settings: the block of the experiment that says how it trains, for messages.
     """
 
     name: str
@@ -70,6 +71,7 @@ class TrainingJob:
     teacher: Teacher | TeacherEnsemble | CachedTeacher | None = None
     weights: dict[str, Setting] | None = None
     callbacks: Sequence[TrainerCallback] = ()
+    settings: str = "training"
 
     def run(self, say: Say) -> None:
         """Trains, keeps the best checkpoint by the validation metric, and finishes the folder.
@@ -191,16 +193,18 @@ class TrainingJob:
 
     def _memory_errors(self) -> AbstractContextManager[None]:
         rows, more = self.arguments.per_device_train_batch_size, self.arguments.gradient_accumulation_steps
+        comparing = [name for name, loss in self.losses.items() if loss.compares_rows]
+        unlike = f", but for losses.{comparing[0]}, which compares the rows of a forward pass" if comparing else ""
         lower = (
-            f"training.per_device_train_batch_size (now {rows}; to {rows // 2}, with gradient_accumulation_steps "
-            f"{2 * more}, a step stays what it is)"
+            f"{self.settings}.per_device_train_batch_size (now {rows}; to {rows // 2}, with "
+            f"gradient_accumulation_steps {2 * more}, a step stays what it is{unlike})"
             if rows > 1
-            else "the student's size"
+            else "the model's size"
         )
         return memory_errors(
             self.name,
             f"lower {lower}, data.max_length, or per_device_eval_batch_size (now "
-            f"{self.arguments.per_device_eval_batch_size}); or set training.gradient_checkpointing",
+            f"{self.arguments.per_device_eval_batch_size}); or set {self.settings}.gradient_checkpointing",
         )
 
     def _trainer(self, say: Say, arguments: DistillationArguments, validation: Any) -> DistillationTrainer:

@@ -192,4 +192,11 @@ class StudentStages:
             teacher=teachers.for_rehearsal() if dry else teachers.for_students(),
             train=student_rows(materials, lambda: materials.student_rows if dry else teachers.student_rows),
             arguments=arguments,
+            settings=self._settings_of(index),
         )
+
+    def _settings_of(self, index: int) -> str:
+        """The block that sets a phase's batches."""
+        phases = self.experiment.phases
+        own = bool(phases) and "per_device_train_batch_size" in phases[index].training.model_fields_set
+        return f"phases.{index}.training" if own else "training"

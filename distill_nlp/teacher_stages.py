@@ -81,6 +81,7 @@ class TeacherStages:
             arguments=training_arguments(
                 self.experiment.teacher_training(), folder.checkpoints, seed, self.materials.splits.problem_type
             ),
+            settings="teacher.training",
         )
 
     def source(self, part: TeacherPart) -> tuple[str, str | None]:

@@ -13,7 +13,10 @@ from distill_nlp.config_file import load_experiment
 from distill_nlp.doctor import Subject, fitting, fitting_batch_size
 from distill_nlp.errors import UsageError
 from distill_nlp.fingerprints import Fingerprints
+from distill_nlp.losses import LOSSES
+from distill_nlp.losses.base import ModelShape
 from distill_nlp.materials import Materials
+from distill_nlp.outputs import AttentionInputs, Features
 from distill_nlp.pipeline import Pipeline
 
 AUTO = {"max_steps": 3, "eval_strategy": "no", "per_device_train_batch_size": "auto", "gradient_accumulation_steps": 2}
@@ -48,6 +51,75 @@ def test_a_phase_may_have_a_size_of_its_own_but_not_auto(experiment):
 def test_anything_else_is_refused(experiment, value):
     with pytest.raises(UsageError, match="training.per_device_train_batch_size"):
         load_experiment(experiment(training__per_device_train_batch_size=value))
+
+
+PER_ROW = {"schedule": "flsw", "value": 4, "beta": 0.5}
+COMPARING = {
+    "rkd_distance": {},
+    "rkd_angle": {},
+    "similarity": {},
+    "dist": {"inter_weight": 0.0},
+    "kl": {"temperature": PER_ROW},
+    "reverse_kl": {"temperature": PER_ROW | {"schedule": "cwsm"}},
+    "dkd": {"temperature": PER_ROW},
+}
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_it_is_refused_where_a_loss_compares_the_rows_of_a_forward_pass(experiment, name):
+    losses = {"ce": {}, name: COMPARING[name]}
+    with pytest.raises(UsageError, match=f"per_device_train_batch_size: auto decides.*losses.{name} compares.*number"):
+        load_experiment(experiment(losses=losses, training=AUTO))
+    with pytest.raises(UsageError, match=f"losses.{name} compares"):
+        load_experiment(experiment(phases=[{}, {"losses": losses}], training=AUTO))
+    for fits in (AUTO | {"per_device_train_batch_size": 8}, {"max_steps": 3}):
+        load_experiment(experiment(losses=losses, training=fits))
+    load_experiment(experiment(losses={"ce": {}, name: COMPARING[name] | {"weight": 0}}, training=AUTO))
+    own = {"losses": losses, "training": {"per_device_train_batch_size": 8}}
+    load_experiment(experiment(losses={"ce": {}}, phases=[{}, own], training=AUTO))
+    load_experiment(experiment(losses=losses, teacher__training={"per_device_train_batch_size": "auto"}))
+
+
+def test_a_loss_compares_rows_if_it_changes_where_a_batch_is_cut():
+    """Of all losses there are, in their usual settings and those of `COMPARING`."""
+    made = [(name, COMPARING.get(name, {})) for name in LOSSES] + [("kl", {}), ("reverse_kl", {}), ("dkd", {})]
+    shape = ModelShape(num_labels=4, num_layers=2, hidden_size=8, num_attention_heads=2)
+    generator = torch.Generator().manual_seed(0)
+
+    def features() -> Features:
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+        states = {layer: random(6, 5, 8) for layer in range(3)}
+        heads = {layer: AttentionInputs(*(random(6, 2, 5, 4) for _ in range(3)), None, 0.5) for layer in range(1, 3)}
+        return Features(random(6, 4), states, heads)
+
+    student, teacher = features(), features()
+    labels, mask = torch.arange(6) % 4, torch.ones(6, 5, dtype=torch.long)
+
+    def part(of: Features, rows: slice) -> Features:
+        heads = {
+            layer: AttentionInputs(a.query[rows], a.key[rows], a.value[rows], None, a.scaling)
+            for layer, a in of.attentions.items()
+        }
+        return Features(of.logits[rows], {n: s[rows] for n, s in of.hidden_states.items()}, heads)
+
+    for name, settings in made:
+        loss = LOSSES[name](**settings)
+        loss.bind(shape, shape)
+        whole = loss(student, teacher, labels, mask)
+        halves = [
+            loss(part(student, rows), part(teacher, rows), labels[rows], mask[rows])
+            for rows in (slice(0, 3), slice(3, 6))
+        ]
+        differs = not torch.allclose(whole, torch.stack(halves).mean(), rtol=1e-9, atol=1e-12)
+        assert loss.compares_rows == differs, name
+
+
+def test_it_is_refused_where_unlabeled_rows_have_a_share_of_each_batch(experiment):
+    training = AUTO | {"unlabeled_ratio": 0.5}
+    with pytest.raises(UsageError, match="per_device_train_batch_size: auto decides.*unlabeled_ratio mixes"):
+        load_experiment(experiment(data__unlabeled="pool", training=training))
 
 
 # ---- what fits ----

@@ -278,7 +278,7 @@ def test_the_share_of_the_free_memory_decides(free, level):
     if level != "ok":
         assert "--training.per_device_train_batch_size 8 --training.gradient_accumulation_steps 4" in found.fix
         assert "--training.gradient_checkpointing true" in found.fix
-        assert "--training.bf16 true" in found.fix
+        assert "--training.precision bf16" in found.fix
 
 
 def test_no_fix_is_named_that_is_on_already():

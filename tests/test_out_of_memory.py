@@ -86,6 +86,32 @@ def test_one_row_that_does_not_fit_is_one_line_and_other_errors_are_themselves()
     assert broken.seen == [4]
 
 
+@pytest.mark.usefixtures("no_doctor")
+def test_a_students_training_says_which_phase_and_what_would_be_different(experiment, monkeypatch, capsys):
+    phases = [
+        {"losses": {"rkd_angle": {}}},
+        {"losses": {"kl": {}}, "training": {"max_steps": 2, "per_device_train_batch_size": 4}},
+    ]
+    config = str(experiment(phases=phases))
+    assert main(["run", config, "--stages", "teacher"]) == 0
+    plain = DistillationTrainer.train
+    for name, said in (
+        ("rkd_angle", "training.per_device_train_batch_size (now 8; to 4, with gradient_accumulation_steps 2, a step "
+         "stays what it is, but for losses.rkd_angle, which compares the rows of a forward pass)"),
+        ("kl", "phases.1.training.per_device_train_batch_size (now 4; to 2, with gradient_accumulation_steps 2, a "
+         "step stays what it is)"),
+    ):  # fmt: skip
+
+        def full(self, *arguments, name=name, **settings):
+            if name in self.objective.losses:
+                raise on_a_cpu()
+            return plain(self, *arguments, **settings)
+
+        monkeypatch.setattr(DistillationTrainer, "train", full)
+        assert main(["run", config, "--stages", "student"]) == 1
+        assert f"out of memory; lower {said}, data.max_length" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["train", "evaluate"])
 def test_a_training_says_what_to_lower(experiment, monkeypatch, capsys, method, no_doctor):
     error = on_a_cpu()
@@ -98,7 +124,7 @@ def test_a_training_says_what_to_lower(experiment, monkeypatch, capsys, method, 
     assert main(["run", str(path), "--stages", "teacher"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line == (
-        "error: teacher: out of memory; lower training.per_device_train_batch_size (now 8; to 4, with "
+        "error: teacher: out of memory; lower teacher.training.per_device_train_batch_size (now 8; to 4, with "
         "gradient_accumulation_steps 2, a step stays what it is), data.max_length, or per_device_eval_batch_size (now "
-        "64); or set training.gradient_checkpointing"
+        "64); or set teacher.training.gradient_checkpointing"
     )

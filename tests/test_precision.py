@@ -67,6 +67,31 @@ def test_two_ways_to_say_it_at_once_are_refused(experiment, named, other):
         load_experiment(path)
 
 
+@pytest.mark.parametrize(
+    ("in_file", "given", "expected"),
+    [
+        ({"bf16": True}, {"precision": "fp32"}, "no"),
+        ({"fp16": True}, {"precision": "bf16"}, "bf16"),
+        ({"precision": "fp32"}, {"bf16": True}, "bf16"),
+        ({"precision": "bf16"}, {"fp16": True}, "fp16"),
+    ],
+)
+def test_the_command_line_goes_over_the_file_however_each_says_it(experiment, in_file, given, expected):
+    for block in ("training", "teacher.training"):
+        path = experiment(**{f"{block.replace('.', '__')}__{name}": value for name, value in in_file.items()})
+        made = load_experiment(path, {f"{block}.{name}": value for name, value in given.items()})
+        assert mixed_precision(made.teacher_training()) == expected
+    with pytest.raises(UsageError, match="training.precision: stands beside bf16"):
+        load_experiment(experiment(), {"training.precision": "fp32", "training.bf16": True})
+
+
+@pytest.mark.parametrize(("shared", "own"), [("bf16", "fp16"), ("fp16", "bf16")])
+def test_a_teacher_in_the_other_half_precision(experiment, shared, own):
+    made = load_experiment(experiment(training__precision=shared, teacher__training={"max_steps": 4, own: True}))
+    assert mixed_precision(made.training) == shared
+    assert mixed_precision(made.teacher_training()) == own
+
+
 def test_an_unknown_precision_is_refused_with_those_there_are(experiment):
     with pytest.raises(UsageError, match="training.precision.*'auto', 'fp32', 'bf16' or 'fp16'"):
         load_experiment(experiment(training__precision="int8"))

@@ -189,7 +189,7 @@ def check_memory(
     if not checkpointing:
         fixes.append("--training.gradient_checkpointing true")
     if not bf16:
-        fixes.append("--training.bf16 true")
+        fixes.append("--training.precision bf16")
     return Finding(
         "stop" if share > STOP_SHARE else "warning",
         "memory",

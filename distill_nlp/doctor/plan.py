@@ -76,7 +76,7 @@ def check_time(stages: Sequence[StageTime], basis: str) -> Finding:
         "time",
         what,
         "more than a day",
-        "fewer steps by --training.max_steps or --seeds, a shorter --data.max_length, --training.bf16 true, or a GPU",
+        "fewer --training.max_steps or --seeds, a shorter --data.max_length, --training.precision bf16, or a GPU",
     )
 
 

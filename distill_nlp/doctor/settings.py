@@ -37,7 +37,7 @@ def check_precision(mixed_precision: str, device: str, bf16_supported: bool) -> 
             "precision",
             f"bf16 on {device}, which does not compute in it",
             "it is emulated: several times slower than float32",
-            "--training.bf16 false" + (", or --training.fp16 true" if device == "cuda" else ""),
+            "--training.precision fp32" + (", or --training.precision fp16" if device == "cuda" else ""),
         )
     if mixed_precision == "fp16" and device == "cpu":
         return Finding(
@@ -45,7 +45,7 @@ def check_precision(mixed_precision: str, device: str, bf16_supported: bool) -> 
             "precision",
             "fp16 on the CPU",
             "loss scaling is for GPUs; most processors compute float16 slowly",
-            "--training.fp16 false, or --training.bf16 true",
+            "--training.precision fp32, or --training.precision bf16",
         )
     return Finding("ok", "precision", f"{'float32' if mixed_precision == 'no' else mixed_precision} on {device}")
 

@@ -87,12 +87,15 @@ class DistillationLoss(nn.Module):
         pooling: "first" or "mean" where it reads no more of hidden states than `pooled` gives: then the teacher may
             have read other tokens, or be cached. None: it compares token by token.
         attention_pairs: likewise for queries, keys and values.
+        compares_rows: whether it relates the rows of a forward pass to each other, so that a step cut into other
+            forward passes has another loss.
     """
 
     unit: Literal["rows", "labeled_rows"] = "rows"
     needs_teacher: bool = True
     tasks: tuple[ProblemType, ...] = TASKS
     pooling: str | None = None
+    compares_rows: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -50,6 +50,7 @@ class DISTLoss(ResponseLoss):
         if not inter_weight and not intra_weight:
             raise ValueError("inter_weight and intra_weight are both 0; at least one must be above")
         self.inter_weight, self.intra_weight = float(inter_weight), float(intra_weight)
+        self.compares_rows = self.intra_weight > 0
 
     def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
         super().bind(student, teacher)

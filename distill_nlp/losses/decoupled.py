@@ -45,6 +45,7 @@ class DecoupledKDLoss(ResponseLoss):
     ) -> None:
         super().__init__()
         self.temperature = Temperature(temperature)
+        self.compares_rows = self.temperature.per_row is not None
         for name, value in (("alpha", alpha), ("beta", beta)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be >= 0, got {value!r}")

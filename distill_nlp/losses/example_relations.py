@@ -37,6 +37,7 @@ class ExampleRelationLoss(DistillationLoss):
     """
 
     smallest_batch = 2
+    compares_rows = True
 
     def __init__(self, layers: str | Sequence[Sequence[int]] = "last", representation: str = "first") -> None:
         super().__init__()

@@ -67,6 +67,7 @@ class SoftenedLoss(ResponseLoss):
     def __init__(self, temperature: Setting = 2.0, standardize: bool = False) -> None:
         super().__init__()
         self.temperature = Temperature(temperature)
+        self.compares_rows = self.temperature.per_row is not None
         if not isinstance(standardize, bool):
             raise ValueError(f"standardize must be true or false, got {standardize!r}")
         self.standardize = standardize
