@@ -31,8 +31,10 @@ def computes_bf16(device: str) -> bool:
 
 
 def is_open(experiment: Experiment) -> bool:
-    """Whether neither the settings nor the launcher name a precision."""
+    """Whether neither the settings nor the launcher name a precision; DeepSpeed's own settings do."""
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        return False
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or getattr(experiment.training, "deepspeed", None):
         return False
     return not {"bf16", "fp16"} & experiment.training.model_fields_set
 

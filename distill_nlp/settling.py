@@ -111,8 +111,11 @@ class OpenSettings:
     def _batch_size(
         self, begun: int | None, rows: int, measure: bool, who: str, ways: Sequence[Callable[[], tuple[int, str]]]
     ) -> int:
-        if begun is not None or not measure:
-            return begun or _USUAL_BATCH
+        if begun is not None:
+            self._say("batch size", f"{who}: {begun} rows at a time, as this run began")
+            return begun
+        if not measure:
+            return _USUAL_BATCH
         size, line = min((way() for way in ways), key=lambda found: found[0])
         self._say("batch size", f"{who}: {line}")
         return size

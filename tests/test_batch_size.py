@@ -239,6 +239,9 @@ def test_a_step_keeps_its_rows_and_a_run_its_choice(experiment, tmp_path, fits, 
     Pipeline(load_experiment(path), again.append).run(("teacher", "baseline", "student"))
     assert len(asked) == 2
     assert sum("done already" in line for line in again) == 3
+    assert [line.split(None, 2)[2] for line in again if line.startswith("batch size")] == [
+        f"{who} rows at a time, as this run began" for who in ("teacher: 8", "student: 4")
+    ]
 
 
 def test_another_number_of_rows_in_a_step_is_chosen_anew(experiment, fits, no_doctor):

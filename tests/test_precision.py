@@ -137,6 +137,14 @@ def test_fp32_by_name_is_what_a_run_trains_in(experiment, monkeypatch, no_doctor
     assert set(found) == {"no"}
 
 
+def test_deepspeeds_own_settings_decide(experiment, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert precision.is_open(load_experiment(experiment()))
+    assert not precision.is_open(load_experiment(experiment(training__deepspeed="zero.json")))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert not precision.is_open(load_experiment(experiment()))
+
+
 def test_what_is_settled_reaches_all_that_name_nothing(experiment):
     phases = [{"training": {"fp16": True}}, {"training": {"bf16": False}}, {}]
     made = load_experiment(experiment(phases=phases))
