@@ -11,9 +11,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import helpers
 import pytest
+import torch
 import yaml
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
+from safetensors.torch import load_file
+
+from distill_nlp.cli import main
+from distill_nlp.trainer import DistillationTrainer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -109,6 +114,37 @@ def no_doctor(monkeypatch):
     """`run` without its examination, which would rightly stop at teachers of random weights."""
     for name in ("examine", "examine_teachers"):
         monkeypatch.setattr(f"distill_nlp.pipeline.{name}", lambda *arguments: [])
+
+
+@pytest.fixture
+def ends_alike(tmp_path, monkeypatch, capsys):
+    """`ends_alike(config, interrupted_at=2)`: what a run said that was stopped in that step of the student and went on.
+
+    The step is one of a training with `kl`; the weights must be those of a run that nothing stopped.
+    """
+
+    def check(config: str, interrupted_at: int) -> str:
+        stages = ["--stages", "teacher,student"]
+        assert main(["run", config, *stages]) == 0
+        whole = load_file(tmp_path / "run" / "student" / "seed-0" / "model.safetensors")
+        step = DistillationTrainer.training_step
+
+        def interrupted(self, *arguments, **keywords):
+            if self.state.global_step == interrupted_at and "kl" in self.objective.losses:
+                raise KeyboardInterrupt
+            return step(self, *arguments, **keywords)
+
+        other = ["--output_dir", str(tmp_path / "second"), *stages]
+        with monkeypatch.context() as patch:
+            patch.setattr(DistillationTrainer, "training_step", interrupted)
+            assert main(["run", config, *other]) == 130
+        capsys.readouterr()
+        assert main(["run", config, *other]) == 0
+        resumed = load_file(tmp_path / "second" / "student" / "seed-0" / "model.safetensors")
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        return capsys.readouterr().err
+
+    return check
 
 
 @pytest.fixture
