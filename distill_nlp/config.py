@@ -265,6 +265,7 @@ class Experiment(Section):
             raise ValueError(
                 f"data.tokenizer is needed where the teacher has no checkpoint; `{TRAIN_TOKENIZER}` trains one"
             )
+        self.teacher_training()  # Right by itself, its own settings may contradict the shared ones.
         check_auto_batch_size(self)
         sections = {"training": self.training} | {f"phases.{i}.training": p.training for i, p in enumerate(self.phases)}
         ratios = [f"{name}.unlabeled_ratio" for name, own in sections.items() if own.unlabeled_ratio is not None]
@@ -293,8 +294,9 @@ class Experiment(Section):
     def teacher_training(self) -> TrainingSection:
         """`training` with the teacher's own settings over it, but for what is the students' alone."""
         students = {"freeze", "unfreeze_every", "unlabeled_ratio"}
-        given = laid_over(self.given_training, self.teacher.training, without=students)
-        return self._of_data(TrainingSection(**(given | {"unlabeled_ratio": None})))
+        training = laid_over(self.given_training, self.teacher.training, "teacher.training", without=students)
+        training.unlabeled_ratio = None
+        return self._of_data(training)
 
     @property
     def given_training(self) -> TrainingSection:
@@ -307,8 +309,8 @@ class Experiment(Section):
     def student_trainings(self) -> list[Experiment]:
         """The experiment as each phase of the student sees it; itself where there are none."""
         found = []
-        for phase in self.phases:
-            training = self._of_data(TrainingSection(**laid_over(self.given_training, phase.training)))
+        for i, phase in enumerate(self.phases):
+            training = self._of_data(laid_over(self.given_training, phase.training, f"phases.{i}.training"))
             losses = self.losses if phase.losses is None else phase.losses
             found.append(self.model_copy(update={"losses": losses, "training": training, "phases": []}))
         return found or [self]

@@ -177,11 +177,17 @@ def _with_auto_size(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k != "per_device_train_batch_size"} | {"auto_batch_size": True}
 
 
-def laid_over(below: TrainingSection, above: TrainingSection, without: Collection[str] = ()) -> dict[str, Any]:
+def laid_over(
+    below: TrainingSection, above: TrainingSection, name: str, without: Collection[str] = ()
+) -> TrainingSection:
     """The settings that are given in two sections; where both give one, that of the upper one.
 
     Args:
+        name: of the upper one, for messages.
         without: settings of the lower one that do not count.
+
+    Raises:
+        ValueError: they contradict each other.
     """
     own = above.model_dump(exclude_unset=True)
     left_out = set(without)
@@ -189,7 +195,12 @@ def laid_over(below: TrainingSection, above: TrainingSection, without: Collectio
         left_out.add("auto_batch_size")
     if own.get("bf16") or own.get("fp16"):
         left_out |= {"bf16", "fp16"}
-    return below.model_dump(exclude_unset=True, exclude=left_out) | own
+    try:
+        return TrainingSection(**(below.model_dump(exclude_unset=True, exclude=left_out) | own))
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{name}: over the settings of training, {first['loc'][-1]}: {message}") from None
 
 
 def _same_kind(value: Any, default: Any) -> bool:

@@ -11,6 +11,7 @@ from distill_nlp.cli_settings import dotted, value_of
 from distill_nlp.config_file import leaves, load_experiment
 from distill_nlp.errors import UsageError
 
+BY_STEPS = {"eval_strategy": "steps", "eval_steps": 2}
 MINIMAL = {
     "output_dir": "runs/x",
     "data": {"dataset": "somewhere"},
@@ -95,6 +96,14 @@ def test_every_mistake_is_named_with_its_path_at_once(write):
         ({"training": {"learning_rat": 1}}, "training.learning_rat: unknown setting; did you mean learning_rate?"),
         ({"data": {}}, "data.dataset: is needed"),
         ({"training": {"eval_strategy": "steps"}}, "training.eval_steps: is needed with eval_strategy"),
+        (
+            {"training": BY_STEPS, "teacher": {"model": "a", "training": {"eval_steps": None}}},
+            "teacher.training: over the settings of training, eval_steps: is needed with eval_strategy",
+        ),
+        (
+            {"training": BY_STEPS, "phases": [{}, {"training": {"eval_steps": None}}]},
+            "phases.1.training: over the settings of training, eval_steps: is needed with eval_strategy",
+        ),
         ({"training": {"adam_beta2": "abc"}}, "training.adam_beta2: must be a number, got 'abc'"),
         ({"training": {"max_steps": 0}}, "training.max_steps: must be at least 1, or -1"),
         (
