@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 from transformers.utils import output_capturing
 
+from distill_nlp.cpu_attention import attend
 from distill_nlp.losses.base import depth_of
 from distill_nlp.outputs import AttentionInputs, Features
 
@@ -54,10 +54,10 @@ class _Active(threading.local):
 _active = _Active()
 
 
-def _capturing(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """The attention function `attend`, which hands what it gets to the collector as well."""
+def _capturing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The attention function, which hands what it gets to the collector as well."""
 
-    @wraps(attend)
+    @wraps(function)
     def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
         if _active.collectors:
             collector = _active.collectors[-1]
@@ -65,7 +65,7 @@ def _capturing(attend: Callable[..., Any]) -> Callable[..., Any]:
             if collector.calls in collector.layers:
                 inputs = _attention_inputs(module, query, key, value, attention_mask, scaling, **kwargs)
                 collector.attentions[collector.calls] = inputs
-        return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
     attention.is_capturing = True
     return attention
@@ -125,8 +125,16 @@ def _mask_and_bias(hidden_states, attention_mask=None, position_bias=None, *_, *
     return attention_mask, position_bias
 
 
-AttentionInterface.register(ATTENTION_NAME, _capturing(sdpa_attention_forward))
+AttentionInterface.register(ATTENTION_NAME, _capturing(attend))
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def enable_quick_attention(model: nn.Module) -> None:
+    """Puts a model on Transformers' SDPA on `cpu_attention`, if there is nothing but a CPU; leaves any other as it is."""
+    if torch.accelerator.is_available() or not isinstance(model, PreTrainedModel):
+        return
+    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+        model.set_attn_implementation(ATTENTION_NAME)
 
 
 def enable_attention_capture(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distill_nlp.capture import enable_quick_attention
 from distill_nlp.config import Experiment
 
 # Time of a step in bfloat16, as a part of that in float32, from which on it is worth its rounding.
@@ -99,6 +100,7 @@ def bf16_ratio(model: nn.Module, rows: int, tokens: int, seconds: float = 1.0) -
     """
     device = next(model.parameters()).device
     model.train()
+    enable_quick_attention(model)
 
     def timed(rows: int, bf16: bool) -> float:
         ids = torch.randint(model.config.vocab_size, (rows, tokens), device=device)

@@ -101,6 +101,29 @@ def test_a_set_with_a_base_takes_its_teacher_and_baseline(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_first_phase_that_recipes_share_is_trained_once(tiny, tmp_path, monkeypatch):
+    def settings(temperature):
+        phases = [{"losses": {"hidden": {"weight": 1.0}}}, {"losses": {"kl": {"temperature": temperature}}}]
+        return {"data": {}, "teacher": {}, "student": {}, "phases": phases}
+
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    for name, made in {"vanilla_kd": settings(1.0), "rkd": settings(8.0)}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(made | {"output_dir": name}))
+    monkeypatch.setattr(importlib.import_module("run"), "RECIPES", folder)
+    text = tiny("--sets", "tiny", "--seeds", "0", "--write")
+    work = tmp_path / "work" / "tiny"
+    first = {name: work / name / "student" / "seed-0-phase-1" for name in ("vanilla_kd", "rkd")}
+    assert os.path.samefile(*first.values())
+    assert not first["vanilla_kd"].is_symlink()
+    last = [(work / name / "student" / "seed-0" / "model.safetensors").read_bytes() for name in first]
+    assert last[0] != last[1]
+    # Both count the steps of both phases.
+    steps = [line.split("|")[7].strip() for line in text.splitlines() if line.startswith(("| vanilla_kd", "| rkd"))]
+    assert steps == ["4", "4"]
+
+
+@pytest.mark.slow
 def test_without_write_the_file_stays_and_an_unfinished_recipe_is_left_out(tiny, tmp_path, capsys):
     tiny("--sets", "tiny", "--recipes", "rkd", "--seeds", "0")
     shutil.rmtree(tmp_path / "work" / "tiny" / "rkd" / "student")

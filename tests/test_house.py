@@ -32,6 +32,7 @@ FLOORS = {
     "balancing": 1,
     "terms": 1,
     "objective": 2,
+    "cpu_attention": 0,
     "capture": 3,
     "modeling": 3,
     "collation": 3,

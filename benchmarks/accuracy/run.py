@@ -6,7 +6,7 @@
 
 Every model is trained by `distill-nlp run` in a process of its own, from a config that is laid down in the work folder:
 a recipe of configs/recipes with the data, models and sizes of benchmarks/accuracy/sets over it. The teacher of a set is
-trained once. Baselines are trained with the budgets of `BASELINES`, that is steps, learning rate and evaluations, once
+trained once, as is a first phase that recipes share. Baselines are trained with the budgets of `BASELINES`, that is steps, learning rate and evaluations, once
 per seed each; those that are best by validation score are what all recipes are compared with. What is finished is not
 done again, so a killed run goes on. `--write` puts a set's table in the place of its former one and leaves the others.
 """
@@ -140,7 +140,35 @@ class Bench:
                 (own / "teacher").symlink_to(Path("..") / "base" / "teacher")
         seeds = self.options.seeds if self.base is None else []
         jobs = [(name, "baseline", seed) for seed in seeds for name in BASELINES]
-        jobs += [(recipe, "student", seed) for seed in self.options.seeds for recipe in self.recipes]
+        sharing = self._sharing()
+        first = [recipe for recipe in self.recipes if recipe not in sharing]
+        jobs += [(recipe, "student", seed) for seed in self.options.seeds for recipe in first]
+        self._distill_all(jobs)
+        for recipe, owner in sharing.items():
+            for seed in self.options.seeds:
+                self._link_phase(recipe, owner, f"seed-{seed}-phase-1")
+        self._distill_all([(recipe, "student", seed) for seed in self.options.seeds for recipe in sharing])
+
+    def _sharing(self) -> dict[str, str]:
+        """Recipes whose first phase is that of an earlier one, which is trained once; and that one."""
+        owners: dict[str, str] = {}
+        sharing = {}
+        for recipe in self.recipes:
+            settings = read_settings(self.folder / f"{recipe}.yaml", "config")
+            if phases := settings.get("phases"):
+                alike = yaml.safe_dump(settings | {"phases": phases[:1], "output_dir": None})
+                owner = owners.setdefault(alike, recipe)
+                if owner != recipe:
+                    sharing[recipe] = owner
+        return sharing
+
+    def _link_phase(self, recipe: str, owner: str, phase: str) -> None:
+        own = self.folder / recipe / "student" / phase
+        if not own.exists():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.symlink_to(Path("..") / ".." / owner / "student" / phase)
+
+    def _distill_all(self, jobs: list[tuple[str, str, int]]) -> None:
         with ThreadPoolExecutor(self.options.jobs) as pool:
             list(pool.map(lambda job: self._distill(*job), jobs))
 
