@@ -130,7 +130,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def enable_quick_attention(model: nn.Module) -> None:
-    """Puts a model on Transformers' SDPA on `cpu_attention`, if there is nothing but a CPU; leaves any other as it is."""
+    """Where there is nothing but a CPU, has a model on Transformers' SDPA attend by `cpu_attention`."""
     if torch.accelerator.is_available() or not isinstance(model, PreTrainedModel):
         return
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # PyTorch's backward pass in bfloat16 takes five times that in float32 at 20 tokens, twice at 128, the same from 256 on
-# (benchmarks/speed, part attention).
+# (benchmarks/speed, part short).
 _SHORT = 256
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import yaml
 
 from distill_nlp import DistillationTrainer
+from distill_nlp.capture import ATTENTION_NAME
 from distill_nlp.cli import main
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "speed"
@@ -26,6 +28,7 @@ import idle  # noqa: E402
 import loops  # noqa: E402
 import measuring  # noqa: E402
 import plain  # noqa: E402
+import short  # noqa: E402
 import whole  # noqa: E402
 import workloads  # noqa: E402
 from page_blocks import put_blocks  # noqa: E402
@@ -37,7 +40,7 @@ _spec.loader.exec_module(run)
 
 PAIR = workloads.Pair("tiny", torch.device("cpu"))
 OPTIONS = argparse.Namespace(
-    rows=8, rounds=1, batches="4x64", longest=16, models="tiny", compile=False, tokens=[16], maps="mse"
+    rows=8, rounds=1, batches="4x64", longest=16, models="tiny", compile=False, tokens=[16], maps="mse", short=[8]
 )
 
 
@@ -54,6 +57,26 @@ def test_grouped_batches_hold_each_row_once_and_pad_less():
         shares[grouped] = workloads.padded_share(data, batches)
     assert shares[True] == (4 * 15 + 4 * 6) / 72
     assert shares[True] < shares[False]
+
+
+def test_each_way_on_short_rows_has_a_process_with_its_pages(monkeypatch, students):
+    pages, attention = [], []
+
+    def here(function, *arguments):
+        pages.append(os.environ["THP_MEM_ALLOC_ENABLE"])
+        seconds = function(*arguments)
+        attention.append(students[-1].config._attn_implementation)
+        return seconds
+
+    monkeypatch.setattr(short, "in_a_process_of_its_own", here)
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    ((title, found),) = run.PART["short"](PAIR, OPTIONS)
+    assert "32x8" in title
+    assert list(found) == list(short.WAYS)
+    # The round that does not count, and one that does.
+    assert pages == 2 * ["0", "0", "1", "0", "1"]
+    assert attention == 2 * ["sdpa", ATTENTION_NAME, ATTENTION_NAME, "sdpa", "sdpa"]
+    assert "THP_MEM_ALLOC_ENABLE" not in os.environ
 
 
 @pytest.fixture
@@ -96,11 +119,21 @@ WHOLE = loops.Bare(attention_dropout=0.0)
         replace(WHOLE, parts=4),
         replace(WHOLE, parts=4, teacher_at_once=True),
         replace(WHOLE, grouped=True),
+        replace(WHOLE, quick_attention=True),
         loops.Trained("plain", attention_dropout=0.0),
         loops.Trained(attention_dropout=0.0),
         loops.Trained(attention_dropout=0.0, teacher="cached"),
     ],
-    ids=["fused", "parts", "parts, teacher at once", "grouped", "plain Trainer", "ours", "ours, cached"],
+    ids=[
+        "fused",
+        "parts",
+        "parts, teacher at once",
+        "grouped",
+        "quick attention",
+        "plain Trainer",
+        "ours",
+        "ours, cached",
+    ],
 )
 def test_ways_that_should_train_alike_do(after, way):
     """All rows are one batch: the order cannot matter."""

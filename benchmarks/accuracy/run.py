@@ -6,9 +6,10 @@
 
 Every model is trained by `distill-nlp run` in a process of its own, from a config that is laid down in the work folder:
 a recipe of configs/recipes with the data, models and sizes of benchmarks/accuracy/sets over it. The teacher of a set is
-trained once, as is a first phase that recipes share. Baselines are trained with the budgets of `BASELINES`, that is steps, learning rate and evaluations, once
-per seed each; those that are best by validation score are what all recipes are compared with. What is finished is not
-done again, so a killed run goes on. `--write` puts a set's table in the place of its former one and leaves the others.
+trained once, as is a first phase that recipes share. Baselines are trained with the budgets of `BASELINES`, that is
+steps, learning rate and evaluations, once per seed each; those that are best by validation score are what all recipes
+are compared with. What is finished is not done again, so a killed run goes on. `--write` puts a set's table in the
+place of its former one and leaves the others.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from distill_nlp import (
     KLDivergenceLoss,
     cache_teacher_logits,
 )
+from distill_nlp.capture import enable_quick_attention
 
 LEARNING_RATE = 1e-5
 
@@ -65,6 +66,7 @@ class Bare:
         parts: each batch is sorted by length and cut into so many, whose gradients add up to the batch's.
         teacher_at_once: the teacher runs once on the batch, not on each part.
         compiled: the student by `torch.compile`.
+        quick_attention: of the student, as a `DistillationModel` has it.
     """
 
     teacher: str = "live"
@@ -77,11 +79,14 @@ class Bare:
     parts: int = 1
     teacher_at_once: bool = False
     compiled: bool = False
+    quick_attention: bool = False
 
     def on(self, pair: Pair, data: Dataset, size: int) -> Pass:
         """The pass over these rows in batches of so many."""
         collate, device = DataCollatorWithPadding(padder()), pair.device
         student = pair.student(self.attention_dropout)
+        if self.quick_attention:
+            enable_quick_attention(student)
         forward = torch.compile(student) if self.compiled else student
         optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, fused=self.fused)
         teacher = pair.teacher() if self.teacher != "none" else None

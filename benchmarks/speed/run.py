@@ -3,6 +3,7 @@
     python benchmarks/speed/run.py                                  # steps, defaults, levers, start; writes nothing
     python benchmarks/speed/run.py --parts steps --rounds 5 --rows 64 --json FILE
     python benchmarks/speed/run.py --parts capture                  # attention losses by capture and by eager maps
+    python benchmarks/speed/run.py --parts short                    # short rows in bf16 on a CPU
     python benchmarks/speed/run.py --parts whole --data DATA --teacher CHECKPOINT --work DIR --seeds 0,1,2 --idle
     python benchmarks/speed/run.py --parts accelerator --models base        # tokens per second and utilisation of a GPU
     python benchmarks/speed/run.py ... --write      # puts the tables of these parts into benchmarks/SPEED.md
@@ -27,6 +28,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import capturing
+import short
 import whole
 from loops import LEVERS, Bare, Trained
 from measuring import Pass, measured, table
@@ -90,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="all figures")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/SPEED.md")
     parser.add_argument("--compile", action="store_true", help="levers: torch.compile'd student as well")
+    parser.add_argument("--short", type=_numbers, default="20,64,128", help="of the part short: tokens [20,64,128]")
     capture = parser.add_argument_group("the part capture")
     capture.add_argument("--tokens", type=_numbers, default="128,256,512", help="of a row [128,256,512]")
     capture.add_argument("--maps", choices=("mse", "kl"), default="mse", help="how attention maps are compared [mse]")
@@ -215,6 +218,7 @@ PART = {
     "defaults": defaults,
     "levers": levers,
     "capture": capture,
+    "short": lambda pair, options: short.tables(pair, options.rows, options.short, options.rounds),
     "whole": lambda pair, options: whole.tables(options),
     "start": start,
     "accelerator": accelerator,
