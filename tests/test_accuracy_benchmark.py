@@ -15,6 +15,7 @@ import yaml
 from scipy.stats import t as distribution
 
 from distill_nlp.cli import main
+from distill_nlp.config_file import load_experiment
 from distill_nlp.report.statistics import mcnemar
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "accuracy"
@@ -121,6 +122,37 @@ def test_a_first_phase_that_recipes_share_is_trained_once(tiny, tmp_path, monkey
     # Both count the steps of both phases.
     steps = [line.split("|")[7].strip() for line in text.splitlines() if line.startswith(("| vanilla_kd", "| rkd"))]
     assert steps == ["4", "4"]
+
+
+@pytest.mark.slow
+def test_variants_have_a_table_of_their_own_beside_their_recipe(tiny, tmp_path):
+    text = tiny(
+        *("--sets", "tiny", "--recipes", "vanilla_kd", "--variants", "vanilla_kd-t8", "--seeds", "0", "--write")
+    )
+    assert "<!-- set tiny -->\na former table\n" in text
+    own = text.partition("<!-- set tiny-variants -->")[2]
+    assert "--sets tiny --recipes vanilla_kd --seeds 0 --variants vanilla_kd-t8 --jobs 1" in own
+    assert [line.split("|")[1].strip() for line in own.splitlines() if line.startswith("| ")][-2:] == [
+        "vanilla_kd",
+        "vanilla_kd-t8",
+    ]
+    laid_down = [
+        yaml.safe_load((tmp_path / "work" / "tiny" / f"{name}.yaml").read_text())
+        for name in ("vanilla_kd", "vanilla_kd-t8")
+    ]
+    assert [settings["losses"]["kl"]["temperature"] for settings in laid_down] == [4.0, 8.0]
+
+
+def test_every_variant_is_a_recipe_with_settings_that_exist(bench, tmp_path):
+    run = bench["run"]
+    variants = yaml.safe_load(run.VARIANTS.read_text())
+    assert variants
+    for name, changes in variants.items():
+        recipe = yaml.safe_load((run.RECIPES / f"{changes.pop('recipe')}.yaml").read_text())
+        made = run.merged(recipe, changes)
+        assert made != recipe
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made))
+        load_experiment(tmp_path / f"{name}.yaml")
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def test_each_way_on_short_rows_has_a_process_with_its_pages(monkeypatch, studen
     ((title, found),) = run.PART["short"](PAIR, OPTIONS)
     assert "32x8" in title
     assert list(found) == list(short.WAYS)
+    assert all(figures["peak_mib"] > 50 for figures in found.values())
     # The round that does not count, and one that does.
     assert pages == 2 * ["0", "0", "1", "0", "1"]
     assert attention == 2 * ["sdpa", ATTENTION_NAME, ATTENTION_NAME, "sdpa", "sdpa"]

@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy/run.py --data ../shared/data --teacher DIR --work DIR
     python benchmarks/accuracy/run.py ... --sets sst2 --recipes vanilla_kd,all_in_one --seeds 0,1,2
+    python benchmarks/accuracy/run.py ... --recipes vanilla_kd --variants vanilla_kd-t1      # of variants.yaml
     python benchmarks/accuracy/run.py ... --table            # of what is finished, nothing is trained
 
 Every model is trained by `distill-nlp run` in a process of its own, from a config that is laid down in the work folder:
@@ -33,6 +34,7 @@ from distill_nlp.config_file import read_settings
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 RECIPES = REPOSITORY / "configs" / "recipes"
+VARIANTS = HERE / "variants.yaml"
 RESULTS = REPOSITORY / "benchmarks" / "RESULTS.md"
 # A baseline does not depend on losses: it has the training of `vanilla_kd`, with these changes.
 BASELINES: dict[str, dict[str, Any]] = {
@@ -43,16 +45,16 @@ BASELINES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     options = _arguments()
-    finished = []
+    finished: dict[str, SetScores] = {}
     # A set that others build on comes before them.
     for bench in sorted((Bench(name, options) for name in options.sets), key=lambda bench: bench.base is not None):
         if not options.table:
             bench.train()
         scores = bench.scores()
         if scores is not None:
-            finished.append(scores)
-    commands = {scores.name: _command(scores, options) for scores in finished} if options.write else None
-    print(write_section(finished, RESULTS, commands))
+            finished[bench.name] = scores
+    commands = {found.name: _command(name, found, options) for name, found in finished.items()}
+    print(write_section(list(finished.values()), RESULTS, commands if options.write else None))
 
 
 def _arguments() -> argparse.Namespace:
@@ -64,6 +66,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for models and predictions")
     parser.add_argument("--sets", type=_listed(names), default=names, help=f"of {','.join(names)}")
     parser.add_argument("--recipes", type=_listed(recipes), default=recipes, help=f"of {','.join(recipes)}")
+    variants = sorted(read_settings(VARIANTS, "variants"))
+    parser.add_argument(
+        "--variants",
+        type=_listed(variants),
+        default=[],
+        help=f"changed recipes, in a table of their own: {','.join(variants)}",
+    )
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the cores")
     parser.add_argument("--table", action="store_true", help="train nothing")
@@ -71,9 +80,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _command(scores: SetScores, options: argparse.Namespace) -> str:
+def _command(name: str, scores: SetScores, options: argparse.Namespace) -> str:
     """What to type for a set's table, with names in the place of this machine's folders."""
-    lists = {"sets": [scores.name], "recipes": scores.recipes, "seeds": options.seeds}
+    recipes = [recipe for recipe in scores.recipes if recipe not in options.variants]
+    lists = {"sets": [name], "recipes": recipes, "seeds": options.seeds}
+    if variants := [variant for variant in scores.recipes if variant in options.variants]:
+        lists["variants"] = variants
     given = [f"--{name} {','.join(map(str, values))}" for name, values in lists.items()]
     command = "python benchmarks/accuracy/run.py --data DATA --teacher CHECKPOINT --work DIR"
     return " ".join([command, *given, f"--jobs {options.jobs}"])
@@ -99,7 +111,15 @@ class Bench:
         self.base = self.set.pop("base", None)
         self.factor = self.set.pop("learning_rate_factor", 1.0)
         wanted = self.set.pop("recipes", options.recipes)
-        self.recipes = [recipe for recipe in wanted if recipe in options.recipes]
+        # Folder -> recipe, and what is changed of it.
+        self.made: dict[str, tuple[str, dict[str, Any]]] = {
+            name: (name, {}) for name in wanted if name in options.recipes
+        }
+        variants = read_settings(VARIANTS, "variants")
+        for name in options.variants:
+            changes = dict(variants[name])
+            self.made[name] = (changes.pop("recipe"), changes)
+        self.recipes = list(self.made)
         for block, key, root in (
             ("data", "dataset", options.data),
             ("data", "unlabeled", options.data),
@@ -132,8 +152,8 @@ class Bench:
             self._distill("base", "teacher")
         elif not self._finished("base/teacher"):
             raise SystemExit(f"{self.name} takes teacher and baseline of {self.base}: run that set first")
-        for recipe in self.recipes:
-            self._lay_down(recipe, recipe)
+        for name, (recipe, changes) in self.made.items():
+            self._lay_down(recipe, name, changes)
         for name in (*BASELINES, *self.recipes):
             own = self.folder / name
             own.mkdir(parents=True, exist_ok=True)
@@ -197,7 +217,8 @@ class Bench:
         if not all(map(self._finished, needed)):
             return None
         done = [recipe for recipe in self.recipes if all(map(self._finished, self._seeds(f"{recipe}/student")))]
-        return SetScores(self.name, self.folder, self.options.seeds, done, kinds)
+        name = f"{self.name}-variants" if self.options.variants else self.name
+        return SetScores(name, self.folder, self.options.seeds, done, kinds)
 
     def _seeds(self, kind: str) -> Iterator[str]:
         return (f"{kind}/seed-{seed}" for seed in self.options.seeds)

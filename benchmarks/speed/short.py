@@ -6,6 +6,8 @@ Huge pages are for a whole process: each pass is one of a process of its own.
 from __future__ import annotations
 
 import os
+import resource
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
@@ -25,24 +27,32 @@ WAYS = {
 }
 
 
-def tables(pair: Pair, rows: int, lengths: tuple[int, ...], rounds: int) -> Iterator[tuple[str, dict[str, Figures]]]:
-    """Steps of the student alone in batches of 32, for each length of a row."""
+def tables(pair: Pair, rows: int, lengths: list[int], rounds: int) -> Iterator[tuple[str, dict[str, Figures]]]:
+    """Steps of the student alone in batches of 32, for each length of a row; and the most memory of the processes."""
     for tokens in lengths:
-        passes = {name: _process(way, pages, pair, rows, tokens) for name, (way, pages) in WAYS.items()}
-        title = f"steps of the student alone, 32x{tokens}, {rows} rows, no attention dropout"
-        yield title, measured(passes, rounds)
+        peaks: dict[str, list[int]] = {name: [] for name in WAYS}
+        passes = {name: _process(way, peaks[name], pair, rows, tokens) for name, way in WAYS.items()}
+        found = measured(passes, rounds)
+        for name, figures in found.items():
+            figures["peak_mib"] = statistics.median(peaks[name]) / 2**20
+        yield f"steps of the student alone, 32x{tokens}, {rows} rows, no attention dropout", found
 
 
-def _process(way: Bare, pages: str, pair: Pair, rows: int, tokens: int) -> Pass:
+def _process(way: tuple[Bare, str], peaks: list[int], pair: Pair, rows: int, tokens: int) -> Pass:
+    loop, pages = way
+
     def once(seed: int) -> Seconds:
         with mock.patch.dict(os.environ, OMP_WAIT_POLICY="passive", THP_MEM_ALLOC_ENABLE=pages):
-            return in_a_process_of_its_own(timed, way, pair, rows, tokens, seed)
+            seconds, peak = in_a_process_of_its_own(timed, loop, pair, rows, tokens, seed)
+        peaks.append(peak)
+        return seconds
 
     return once
 
 
-def timed(way: Bare, pair: Pair, rows: int, tokens: int, seed: int) -> Seconds:
-    """A pass in this process, after one that does not count."""
-    once = way.on(pair, fixed_rows(rows, tokens), 32)
+def timed(loop: Bare, pair: Pair, rows: int, tokens: int, seed: int) -> tuple[Seconds, int]:
+    """A pass in this process, after one that does not count; and the most bytes that the process had."""
+    once = loop.on(pair, fixed_rows(rows, tokens), 32)
     once(seed + 1)
-    return once(seed)
+    seconds = once(seed)
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
