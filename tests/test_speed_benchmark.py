@@ -293,8 +293,6 @@ def runs(experiment, tmp_path, monkeypatch, no_doctor):
 
     for module, name, value in (
         (whole, "RECIPE", recipe),
-        (whole, "MAX_LENGTH", 16),
-        (plain, "MAX_LENGTH", 16),
         (whole, "timed", timed),
         (whole, "in_a_process_of_its_own", lambda function, *arguments: function(*arguments)),
     ):
@@ -302,7 +300,9 @@ def runs(experiment, tmp_path, monkeypatch, no_doctor):
     places = {"data": tmp_path / "data", "teacher": tmp_path / "backbone", "work": tmp_path / "work"}
 
     def options(**changes):
-        return argparse.Namespace(**places | {"seeds": [0], "epochs": 1.0, "settings": "", "idle": False} | changes)
+        return argparse.Namespace(
+            **places | {"seeds": [0], "epochs": 1.0, "longest": 16, "settings": "", "idle": False} | changes
+        )
 
     options.commands = commands
     return options

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer
 
-MAX_LENGTH = 256
 TEMPERATURE = 2.0
 
 
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     data = load_dataset(options.data).rename_column("label", "labels")
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return tokenizer(rows["text"], truncation=True, max_length=MAX_LENGTH)
+        return tokenizer(rows["text"], truncation=True, max_length=options.max_length)
 
     splits = {name: data[name].map(encode, batched=True, remove_columns="text") for name in ("train", "validation")}
     teacher = AutoModelForSequenceClassification.from_pretrained(options.teacher, dtype=torch.float32)
@@ -133,6 +132,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for the student")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--max_length", type=int, default=256, help="texts are cut at so many tokens [256]")
     return parser.parse_args(arguments)
 
 

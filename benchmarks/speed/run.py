@@ -87,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", choices=list(MODELS), default="minilm", help="sizes of the pair [minilm]")
     parser.add_argument("--batches", default="16x128,8x512", help="of the part steps: rows x tokens")
     parser.add_argument("--rows", type=int, default=128, help="of a pass [128]")
-    parser.add_argument("--longest", type=int, default=256, help="IMDB reviews are cut at so many tokens [256]")
+    parser.add_argument("--longest", type=int, default=256, help="reviews are cut at so many tokens [256]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="all figures")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/SPEED.md")

@@ -25,7 +25,7 @@ import numpy as np
 from datasets import load_dataset
 from idle import shares
 from measuring import Figures, Seconds, compared, in_a_process_of_its_own
-from plain import MAX_LENGTH, half_of
+from plain import half_of
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from distill_nlp.durable_files import read_json, write_json
@@ -72,7 +72,8 @@ class WholeRuns:
 
     Args:
         options: `data`, a folder with train, validation and test of `text` and `label`; `teacher`, the checkpoint that
-            the teacher is made from; `work`, a folder; `seeds`; `epochs`; `settings`, more of `distill-nlp run`.
+            the teacher is made from; `work`, a folder; `seeds`; `epochs`; `longest`, tokens of a text;
+            `settings`, more of `distill-nlp run`.
 
     Raises:
         SystemExit: there are no such rows, or no such checkpoint.
@@ -82,13 +83,17 @@ class WholeRuns:
         self.data, self.checkpoint, self.work = (
             Path(path).expanduser().resolve() for path in (options.data, options.teacher, options.work)
         )
-        self.seeds, self.epochs = options.seeds, options.epochs
-        self.title = f"{self.data.name}: {_counted(self.data)}, seeds {', '.join(map(str, self.seeds))}"
+        self.seeds, self.epochs, self.longest = options.seeds, options.epochs, options.longest
+        self.title = (
+            f"{self.data.name}: {_counted(self.data)}, cut at {self.longest} tokens, seeds "
+            f"{', '.join(map(str, self.seeds))}"
+        )
         if not (self.checkpoint / "config.json").is_file():
             raise SystemExit(f"--teacher {self.checkpoint}: expected the folder of a checkpoint, found no config.json")
         settings: dict[str, Any] = {
             "data.dataset": self.data,
             "data.validation_split": "validation",
+            "data.max_length": self.longest,
             "teacher.model": self.checkpoint,
             # What is set for the students does not change the teacher.
             "teacher.training.precision": "fp32",
@@ -136,7 +141,7 @@ class WholeRuns:
     def plain(self, seed: int) -> Seconds:
         """The plain Trainer subclass."""
         given = {"data": self.data, "teacher": self.teacher, "checkpoint": self.checkpoint, "seed": seed}
-        given |= {"output": self.plain_folder(seed), "epochs": self.epochs}
+        given |= {"output": self.plain_folder(seed), "epochs": self.epochs, "max_length": self.longest}
         words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
         command = [sys.executable, str(Path(__file__).with_name("plain.py")), *words]
         return self._once(f"seed-{seed}/plain", command, lambda: _emptied(self.plain_folder(seed)))
@@ -155,7 +160,7 @@ class WholeRuns:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         rows = load_dataset(str(self.data), split="test")
-        encoded = encoded_rows(tokenizer, rows["text"][:], None, MAX_LENGTH)
+        encoded = encoded_rows(tokenizer, rows["text"][:], None, self.longest)
         logits = predict_logits(model, tokenizer, encoded, description=f"Testing {folder.name}")
         return float((logits.argmax(-1) == np.array(rows["label"])).mean())
 
