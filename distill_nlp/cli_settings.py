@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
-from distill_nlp.config_file import leaves
+from distill_nlp.config_file import leaves, name_outside_phases
 from distill_nlp.errors import UsageError, shown
 from distill_nlp.yaml_text import read_yaml
 
@@ -43,7 +43,8 @@ def dotted(rest: list[str]) -> dict[str, Any]:
             value = next(words, "")
             if not value or value.startswith("--"):
                 raise UsageError(f"{word} needs a value")
-        overrides[name] = value_of(value, name, fields[name]) if name in fields else _yaml(value, name)
+        field = fields.get(name_outside_phases(name))
+        overrides[name] = _yaml(value, name) if field is None else value_of(value, name, field)
     return overrides
 
 

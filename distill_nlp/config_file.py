@@ -26,8 +26,11 @@ _TAKEN_AS_THEY_STAND = ("data.label_names",)
 def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -> Experiment:
     """Reads a YAML file, lays the overrides over it (dotted name -> value) and validates the whole.
 
+    Entries of a list go by their number: `phases.1.losses.kl.temperature`.
+
     Raises:
-        UsageError: no such file, no YAML, or settings that are wrong: each on a line, with its path.
+        UsageError: no such file, no YAML, or settings that are wrong: each on a line, with its path; or an override
+            that changes nothing, because each phase has what it sets.
     """
     path = Path(path)
     settings = read_settings(path, "config")
@@ -35,6 +38,7 @@ def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -
         _set(settings, name, value)
     for name, value in (overrides or {}).items():
         _leave_out_what_it_replaces(settings, name, value, overrides or {})
+    _refuse_what_phases_hide(settings, overrides or {})
     _refuse_placeholders(settings, path)
     try:
         return Experiment.model_validate(settings)
@@ -108,16 +112,52 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
+def name_outside_phases(name: str) -> str:
+    """What a setting is called where it is not one of a phase: `phases.1.losses.kl.weight` -> `losses.kl.weight`."""
+    return re.sub(r"^phases\.\d+\.", "", name)
+
+
 def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
-    for i, name in enumerate(parents):
-        inner = settings.get(name)
-        if inner is None:
-            inner = settings[name] = {}
-        if not isinstance(inner, dict):
-            raise UsageError(f"--{dotted}: {'.'.join(parents[: i + 1])} is not a block of settings")
-        settings = inner
-    settings[last] = value
+    inner: Any = settings
+    for i, name in enumerate([*parents, last]):
+        path = ".".join(parents[:i])
+        if isinstance(inner, list):
+            if not (name.isdecimal() and int(name) < len(inner)):
+                there = f"0 to {len(inner) - 1}" if inner else "none"
+                raise UsageError(f"--{dotted}: {path} has the entries {there}, got {name}")
+            key: Any = int(name)
+        elif isinstance(inner, dict):
+            key = name
+        else:
+            raise UsageError(f"--{dotted}: {path} is not a block of settings")
+        if i == len(parents):
+            inner[key] = value
+            return
+        if isinstance(inner, dict) and inner.get(key) is None:
+            inner[key] = {}
+        inner = inner[key]
+
+
+def _refuse_what_phases_hide(settings: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """What is given for all phases, each of which has its own, would change nothing, and nobody would see it."""
+    phases = settings.get("phases")
+    if not (isinstance(phases, list) and phases and all(isinstance(phase, dict) for phase in phases)):
+        return
+    for name in overrides:
+        block, _, rest = name.partition(".")
+        if block == "losses":
+            hidden = [phase.get("losses") for phase in phases]
+            instead = [i for i, losses in enumerate(hidden) if rest.partition(".")[0] in (losses or {})]
+            own = "losses of its own"
+        elif name in ("training.num_train_epochs", "training.max_steps"):
+            hidden = [(phase.get("training") or {}).get(rest) for phase in phases]
+            instead, own = list(range(len(phases))), f"its own {rest}"
+        else:
+            continue
+        if None not in hidden:
+            ways = " and ".join(f"phases.{i}.{name}" for i in instead or [len(phases) - 1])
+            raise UsageError(f"{name} would change nothing: each phase has {own}; set {ways}")
 
 
 def _leave_out_what_it_replaces(settings: dict[str, Any], dotted: str, value: Any, overrides: dict[str, Any]) -> None:
@@ -129,11 +169,12 @@ def _leave_out_what_it_replaces(settings: dict[str, Any], dotted: str, value: An
         others = ("precision",)
     else:
         return
+    inner: Any = settings
     for name in parents:
-        settings = settings[name]
+        inner = inner[int(name) if isinstance(inner, list) else name]
     for other in others:
         if ".".join([*parents, other]) not in overrides:
-            settings.pop(other, None)
+            inner.pop(other, None)
 
 
 def _explain(error: Any) -> str:

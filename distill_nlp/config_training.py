@@ -195,6 +195,11 @@ def laid_over(
         left_out.add("auto_batch_size")
     if own.get("bf16") or own.get("fp16"):
         left_out |= {"bf16", "fp16"}
+    # What has nothing to go by in this training is not for it.
+    if own.get("eval_strategy") == "no":
+        left_out |= {"early_stopping_patience", "early_stopping_threshold"}
+    if own.get("freeze") == []:
+        left_out.add("unfreeze_every")
     try:
         return TrainingSection(**(below.model_dump(exclude_unset=True, exclude=left_out) | own))
     except ValidationError as error:

@@ -27,6 +27,7 @@ from distill_nlp.stage_training import Say
 from distill_nlp.stages import StageFolder
 from distill_nlp.student_stages import StudentStages
 from distill_nlp.teacher_stages import TeacherStages
+from distill_nlp.trackers import check_trackers
 from distill_nlp.training_settings import training_arguments
 
 
@@ -65,6 +66,7 @@ class Pipeline:
             sections += [(phase.training, f"phases.{i}.training") for i, phase in own]
         for section, where in sections:
             try:
+                check_trackers(section.report_to)
                 training_arguments(section, self.root, seed=0)
             except (ValueError, TypeError, ImportError) as error:
                 raise UsageError(f"{where}: {' '.join(str(error).split())}") from error

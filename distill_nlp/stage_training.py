@@ -33,6 +33,7 @@ from distill_nlp.schedules import Setting
 from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher import CachedTeacher, Teacher
 from distill_nlp.terms import FormulaPrinter
+from distill_nlp.trackers import run_name, run_of_its_own
 from distill_nlp.trainer import DistillationTrainer
 from distill_nlp.training_end import reason_of_early_stop, take_over_the_end
 from distill_nlp.training_settings import versions
@@ -90,6 +91,11 @@ class TrainingJob:
             self.folder.begin(self.fingerprint)
         state.wait_for_everyone()
         trainer = self._trainer(say, self.arguments, self.validation)
+        with run_of_its_own(trainer.callback_handler.callbacks, state.is_main_process):
+            self._train_and_finish(trainer, say)
+
+    def _train_and_finish(self, trainer: DistillationTrainer, say: Say) -> None:
+        state = PartialState()
         checkpoint = self._last_checkpoint(say)
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         going_on = f", going on from {checkpoint.name}" if checkpoint else ""
@@ -208,8 +214,7 @@ class TrainingJob:
         )
 
     def _trainer(self, say: Say, arguments: DistillationArguments, validation: Any) -> DistillationTrainer:
-        # Else a tracker names each stage by chance.
-        arguments.run_name = arguments.run_name or self.name
+        arguments.run_name = run_name(arguments.run_name, self.name, self.folder.path)
         try:
             trainer = DistillationTrainer(
                 model=self.model,

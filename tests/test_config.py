@@ -297,3 +297,68 @@ def test_freezing_is_the_students_unless_the_teacher_has_its_own(write):
     assert experiment.teacher_training().learning_rate == 0.001
     own = settings | {"teacher": {"model": "bert", "training": {"freeze": ["layer.1"]}}}
     assert load_experiment(write(own)).teacher_training().freeze == ["layer.1"]
+
+
+# ---- settings of a phase ----
+
+PHASED = Path(__file__).parent.parent / "configs" / "recipes" / "all_in_one.yaml"
+
+
+def test_a_setting_of_a_phase_has_its_number_in_its_name():
+    words = ["--phases.1.losses.kl.temperature", "4", "--phases.0.training.num_train_epochs", "1"]
+    words += ["--phases.1.training.freeze", "embeddings,layer.1", "--phases.0.training.precision", "fp32"]
+    first, second = load_experiment(PHASED, dotted(words)).student_trainings()
+    assert second.losses["kl"].arguments() == {"temperature": 4}
+    assert (first.training.num_train_epochs, second.training.num_train_epochs) == (1, 3)
+    assert (first.training.freeze, second.training.freeze) == ([], ["embeddings", "layer.1"])
+    assert first.training.model_fields_set & {"bf16", "fp16"}
+    assert not second.training.model_fields_set & {"bf16", "fp16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("losses.kl.temperature", 4, "each phase has losses of its own; set phases.1.losses.kl.temperature"),
+        ("losses.attention.weight", 2, "set phases.0.losses.attention.weight"),
+        # In none of them: where it is most likely meant.
+        ("losses.dkd.beta", 2, "set phases.1.losses.dkd.beta"),
+        (
+            "training.num_train_epochs",
+            1,
+            "each phase has its own num_train_epochs; set phases.0.training.num_train_epochs and phases.1.training",
+        ),
+        ("phases.2.losses.kl.weight", 1, "--phases.2.losses.kl.weight: phases has the entries 0 to 1, got 2"),
+        ("phases.last.losses.kl.weight", 1, "phases has the entries 0 to 1, got last"),
+        ("data.dataset.name", "x", "--data.dataset.name: data.dataset is not a block of settings"),
+    ],
+)
+def test_an_override_that_would_change_nothing_or_leads_nowhere_is_refused(name, value, expected):
+    with pytest.raises(UsageError) as error:
+        load_experiment(PHASED, {name: value})
+    assert expected in str(error.value)
+
+
+def test_what_a_phase_leaves_open_may_be_set_for_all():
+    trainings = [one.training for one in load_experiment(PHASED, {"training.max_steps": 7}).student_trainings()]
+    assert [training.max_steps for training in trainings] == [7, 7]
+    # Without phases they are the experiment's again.
+    plain = load_experiment(PHASED, {"phases": [], "losses.kl.temperature": 3, "training.num_train_epochs": 2})
+    assert plain.losses["kl"].arguments() == {"temperature": 3}
+
+
+def test_early_stopping_is_for_the_phases_that_evaluate():
+    made = load_experiment(PHASED, {"training.early_stopping_patience": 2, "training.early_stopping_threshold": 0.1})
+    first, second = (one.training for one in made.student_trainings())
+    assert (first.early_stopping_patience, second.early_stopping_patience) == (None, 2)
+    assert (first.early_stopping_threshold, second.early_stopping_threshold) == (0.0, 0.1)
+    assert made.teacher_training().early_stopping_patience == 2
+    # Asked for just there, it is a mistake.
+    asked = load_experiment(PHASED, {"phases.0.training.early_stopping_patience": 2}).student_trainings()[0]
+    assert asked.training.early_stopping_patience == 2
+
+
+def test_a_phase_that_freezes_nothing_releases_nothing():
+    given = {"training.freeze": ["body"], "training.unfreeze_every": 3, "phases.0.training.freeze": []}
+    made = load_experiment(PHASED, given)
+    found = [(one.training.freeze, one.training.unfreeze_every) for one in made.student_trainings()]
+    assert found == [([], None), (["body"], 3)]

@@ -52,6 +52,22 @@ def test_a_phase_starts_from_what_the_one_before_it_left(experiment, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-7)
 
 
+def test_parts_are_frozen_in_the_phases_that_say_so(experiment, tmp_path):
+    phases = [TWO[0] | {"training": TWO[0]["training"] | {"freeze": ["embeddings", "layer.1"]}}, TWO[1]]
+    config = str(experiment(phases=phases))
+    assert main(["run", config, *STAGES, "--phases.1.training.freeze", "[layer.2]"]) == 0
+    student = tmp_path / "run" / "student"
+    one, two = (load_file(student / name / "model.safetensors") for name in ("seed-0-phase-1", "seed-0"))
+    # What was frozen at first is as the teacher's backbone has it.
+    words = load_file(tmp_path / "backbone" / "model.safetensors")["embeddings.word_embeddings.weight"]
+    name = "distilbert.embeddings.word_embeddings.weight"
+    assert torch.equal(one[name], words)
+    assert not torch.equal(two[name], words)
+    moved = {key: not torch.equal(one[key], two[key]) for key in one}
+    assert not any(value for key, value in moved.items() if ".layer.1." in key)
+    assert all(value for key, value in moved.items() if ".layer.0." in key and "k_lin.bias" not in key)
+
+
 def test_another_cross_entropy_in_a_phase_makes_the_baseline_anew(experiment, capsys):
     def run(smoothing):
         phases = [TWO[0], {"losses": {"ce": {"label_smoothing": smoothing}, "kl": {}}}]

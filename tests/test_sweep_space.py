@@ -50,6 +50,8 @@ def drawn(space: Space, count: int = 40) -> list[dict]:
         ("student.from_teacher.layers", 1, 4, int),
         ("student.config.dim", 16, 64, int),
         ("student.overrides.dropout", 0.0, 1, float),
+        ("phases.1.losses.kl.weight", 0, 2, float),
+        ("phases.0.training.per_device_train_batch_size", 4, 32, int),
     ],
 )
 def test_numbers_are_whole_where_the_setting_is(name, low, high, kind):

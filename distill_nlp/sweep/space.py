@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from distill_nlp.config_file import leaves
+from distill_nlp.config_file import leaves, name_outside_phases
 from distill_nlp.errors import UsageError
 from distill_nlp.sweep.plan import Dimension, Range
 
@@ -137,6 +137,7 @@ def _is_whole(name: str, dimension: Range) -> bool:
 
 def _declared(name: str) -> str | None:
     """What the package declares the setting as: "int", "float", or None where it says neither."""
+    name = name_outside_phases(name)
     section, _, rest = name.partition(".")
     known: Any = dict(leaves()).get(name)
     if known is not None:
