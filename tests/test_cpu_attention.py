@@ -77,12 +77,15 @@ def test_short_rows_are_those_of_a_float64_reference_up_to_one_rounding(kind, au
         torch.testing.assert_close(found.double(), reference, rtol=2**-7, atol=2**-8 * reference.abs().max().item())
 
 
-def test_gradients_are_closer_than_those_in_bfloat16():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_closer_than_those_in_bfloat16(autocast):
     tensors, mask = inputs(tokens=40)
     _, exact = outputs_and_gradients(naive, [x.detach().double().requires_grad_() for x in tensors], mask)
 
     def error(function):
-        _, found = outputs_and_gradients(function, tensors, mask)
+        # Which would take attention in float32 to bfloat16 again.
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            _, found = outputs_and_gradients(function, tensors, mask)
         return sum((a.double() - b).square().mean().item() for a, b in zip(found, exact, strict=True))
 
     plain = error(lambda q, k, v, m: nn.functional.scaled_dot_product_attention(q, k, v, m).transpose(1, 2))
