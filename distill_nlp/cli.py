@@ -27,8 +27,8 @@ from distill_nlp.interruption import SignalWatch, write_from_handler
 _LOSS_HELP = (
     "Values are YAML; defaults stand in brackets. Any setting of `training` can be given for the teacher alone, as "
     "`--teacher.training.learning_rate 2e-5`, and any other argument of Transformers' TrainingArguments as "
-    "`--training.adam_beta2 0.98`. Losses are given by name: `--losses.kl.temperature 4`, `--losses.hidden.weight 1`. "
-    "Each loss has a weight, a "
+    "`--training.adam_beta2 0.98`. Losses are given by name: `--losses.kl.temperature 4`, `--losses.hidden.weight 1`; "
+    "settings of a phase by its number, from 0: `--phases.1.losses.kl.temperature 4`. Each loss has a weight, a "
     f"{LossSection.model_fields['weight'].description}, as `--losses.kl.weight "
     "'{schedule: linear, start: 0, end: 1}'`. docs/losses.md has all losses and their settings."
 )
