@@ -8,11 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from helpers import BINARY
 from scipy.stats import t as distribution
+from transformers import pipeline
 
 from distill_nlp.cli import main
 from distill_nlp.config_file import load_experiment
@@ -77,6 +80,15 @@ def test_the_table_holds_teacher_baseline_and_students_and_nothing_is_trained_tw
     scores = bench["scores"].SetScores("tiny", folder, [0, 1], ["rkd"])
     right = [np.mean(scores.logits(f"rkd/student/seed-{seed}").argmax(1) == scores.labels) for seed in (0, 1)]
     assert f"{np.mean(right):.4f} ± {np.std(right, ddof=1):.4f}" in rows["rkd"]
+    # What the teacher says of the rows that it and the students learned from, by the model itself.
+    train = pd.read_parquet(tmp_path / "data" / "train.parquet")
+    teacher = pipeline(
+        "text-classification", str(folder / "base" / "teacher"), top_k=None, max_length=16, truncation=True
+    )
+    answers = [{one["label"]: one["score"] for one in found} for found in teacher(list(train["text"]))]
+    entropy = np.mean([-sum(p * np.log(p) for p in answer.values()) for answer in answers])
+    share = np.mean([max(a, key=a.get) == BINARY[label] for a, label in zip(answers, train["label"], strict=True)])
+    assert f"students' labeled rows: accuracy {share:.4f}, entropy of its answers {entropy:.3f} nats; on test" in first
     others = "above\n<!-- accuracy: begin -->\n<!-- set other -->\nanother table\n\n<!-- set tiny -->\n```\n"
     assert first.startswith(f"{others}python benchmarks/accuracy/run.py --data DATA ")
     assert first.endswith("<!-- accuracy: end -->\nbelow\n")
@@ -166,7 +178,9 @@ def test_without_write_the_file_stays_and_an_unfinished_recipe_is_left_out(tiny,
 
 
 def test_learning_rates_of_all_phases_are_multiplied(tiny, bench, tmp_path):
-    options = SimpleNamespace(data=tmp_path, teacher=tmp_path, work=tmp_path, recipes=["tinybert"], seeds=[0])
+    options = SimpleNamespace(
+        data=tmp_path, teacher=tmp_path, work=tmp_path, recipes=["tinybert"], variants=[], seeds=[0]
+    )
     bench["run"].Bench("tiny", options)._lay_down("tinybert", "mine")
     settings = yaml.safe_load((tmp_path / "tiny" / "mine.yaml").read_text())
     sections = [settings["training"], *(phase["training"] for phase in settings["phases"])]
@@ -175,7 +189,9 @@ def test_learning_rates_of_all_phases_are_multiplied(tiny, bench, tmp_path):
 
 def test_the_budgets_of_the_baselines_are_those_of_no_recipe(tiny, bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench["run"].Bench, "_distill", lambda *_: None)
-    options = SimpleNamespace(data=tmp_path, teacher=tmp_path, work=tmp_path, recipes=["rkd"], seeds=[0], jobs=1)
+    options = SimpleNamespace(
+        data=tmp_path, teacher=tmp_path, work=tmp_path, recipes=["rkd"], variants=[], seeds=[0], jobs=1
+    )
     bench["run"].Bench("tiny", options).train()
     short, long = (yaml.safe_load((tmp_path / "tiny" / f"{name}.yaml").read_text()) for name in ("base", "base_long"))
     budgets = [
@@ -342,6 +358,7 @@ def test_tests_interval_and_table_take_the_chosen_baseline(bench, tmp_path):
         return np.eye(2)[np.where(right, scores.labels, 1 - scores.labels)]
 
     scores.logits = logits
+    scores.teacher_answers = dict
     low, high = scores.interval("recipe")
     assert 0 < low < 0.25 < high
     _, each = scores.against_baseline("recipe")
@@ -350,6 +367,15 @@ def test_tests_interval_and_table_take_the_chosen_baseline(bench, tmp_path):
     rows = {line.split("|")[1].strip(): line for line in bench["table"]._table(scores).splitlines() if "|" in line}
     assert rows["baseline"].startswith("| baseline | 0.5000 ± 0.0000 |")
     assert "| 50% |" in rows["recipe"]
+
+
+def test_the_entropy_of_several_labels_is_that_of_each(bench):
+    logits = np.array([[0.0, 2.0], [-30.0, -1.0]])
+    p = 1 / (1 + np.exp(-logits))
+    expected = -(p * np.log(p) + (1 - p) * np.log(1 - p))
+    np.testing.assert_allclose(bench["scores"]._entropies(logits, several=True), expected, atol=1e-9)
+    rows = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(bench["scores"]._entropies(logits, several=False), -(rows * np.log(rows)).sum(1))
 
 
 def test_classes_are_grouped_in_every_split(bench, tmp_path):

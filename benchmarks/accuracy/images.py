@@ -46,7 +46,11 @@ class ImageScores(SetScores):
     def labels(self) -> np.ndarray:
         return self._found["labels"]
 
-    def logits(self, model: str) -> np.ndarray:
+    def teacher_answers(self) -> dict[str, tuple[float, float]]:
+        """None: the example keeps no predictions on training rows."""
+        return {}
+
+    def logits(self, model: str, split: str = "test", tokens: Any = None) -> np.ndarray:
         """`base/baseline/seed-0` and the like lie there as `baseline/0`."""
         return self._found[model.partition("/")[2].replace("seed-", "")]
 

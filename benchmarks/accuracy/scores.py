@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from distill_nlp.config_file import load_experiment
 from distill_nlp.inference import predict_logits
@@ -59,9 +60,26 @@ class SetScores:
     def _tokens(self) -> Any:
         return self._materials.tokens_alone(self._materials.splits.test)
 
-    def logits(self, model: str) -> np.ndarray:
-        """`(N, C)` of the model in a folder of the set."""
-        kept = self.folder / "logits" / f"{model.replace('/', '-')}.npz"
+    def teacher_answers(self) -> dict[str, tuple[float, float]]:
+        """On the students' labeled rows and on test rows: the teacher's score, and the mean entropy of its answers.
+
+        In nats; of several labels per text, the mean over classes of each one's. Where it is next to nothing, soft
+        targets say what the labels say.
+        """
+        splits = self._materials.splits
+        rows = {
+            "train": (splits.train, self._materials.tokens_alone(splits.train)),
+            "test": (splits.test, self._tokens),
+        }
+        found = {}
+        for split, (data, tokens) in rows.items():
+            logits, labels = self.logits("base/teacher", split, tokens), np.array(data["labels"][:])
+            found[split] = (scores(logits, labels)[self._score], float(_entropies(logits, labels.ndim > 1).mean()))
+        return found
+
+    def logits(self, model: str, split: str = "test", tokens: Any = None) -> np.ndarray:
+        """`(N, C)` of the model in a folder of the set; on test rows, or on `tokens` of another split."""
+        kept = self.folder / "logits" / f"{model.replace('/', '-')}{'' if split == 'test' else f'-{split}'}.npz"
         made = (self.folder / model / "stage.json").stat().st_mtime_ns
         if kept.is_file():
             with np.load(kept) as file:
@@ -69,7 +87,8 @@ class SetScores:
                     return file["logits"]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         network = load_classifier(str(self.folder / model)).to(device)
-        found = predict_logits(network, self._materials.tokenizer, self._tokens, description=f"{self.name} {model}")
+        tokens = self._tokens if tokens is None else tokens
+        found = predict_logits(network, self._materials.tokenizer, tokens, description=f"{self.name} {model}")
         kept.parent.mkdir(exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.npz")
         np.savez(partial, logits=found, made=made)
@@ -81,7 +100,11 @@ class SetScores:
         return right_rows(self.logits(model), self.labels)
 
     def score(self, model: str) -> float:
-        return scores(self.logits(model), self.labels)["accuracy" if self.labels.ndim == 1 else "f1_macro"]
+        return scores(self.logits(model), self.labels)[self._score]
+
+    @property
+    def _score(self) -> str:
+        return "accuracy" if self.labels.ndim == 1 else "f1_macro"
 
     @cached_property
     def baseline(self) -> str:
@@ -93,9 +116,8 @@ class SetScores:
 
     def validation(self) -> dict[str, float]:
         """The mean of each budget's validation scores over seeds; of each seed that of its best checkpoint."""
-        metric = "accuracy" if self.labels.ndim == 1 else "f1_macro"
         records = {kind: self.stages(kind) for kind in self.baselines}
-        return {kind: float(np.mean([one["validation"][metric] for one in own])) for kind, own in records.items()}
+        return {kind: float(np.mean([one["validation"][self._score] for one in own])) for kind, own in records.items()}
 
     def steps(self, kind: str) -> int:
         """Of one seed, all phases together."""
@@ -134,3 +156,10 @@ class SetScores:
             for path in sorted(folder.glob(f"seed-{seed}/stage.json"))
             + sorted(folder.glob(f"seed-{seed}-*/stage.json"))
         ]
+
+
+def _entropies(logits: np.ndarray, several: bool) -> np.ndarray:
+    """Of each row's distribution, or of each row's and class's."""
+    z = torch.from_numpy(logits).double()
+    logs = torch.stack([F.logsigmoid(z), F.logsigmoid(-z)]) if several else z.log_softmax(-1).movedim(-1, 0)
+    return (-(logs.exp() * logs).sum(0)).numpy()

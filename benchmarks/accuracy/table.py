@@ -62,6 +62,13 @@ def _table(scores: SetScores) -> str:
             f"| {recipe} | {_mean_sd(student)} | {gap} | {100 * low:+.1f} … {100 * high:+.1f} | {pooled:.1g} | "
             f"{', '.join(f'{p:.1g}' for p in each)} | {_cost(scores, f'{recipe}/student')} |"
         )
+    if answers := scores.teacher_answers():
+        (on_train, unsure_there), (on_test, unsure_here) = answers["train"], answers["test"]
+        lines += [
+            "",
+            f"The teacher on the students' labeled rows: {scores.metric} {on_train:.4f}, entropy of its answers "
+            f"{unsure_there:.3f} nats; on test rows {on_test:.4f}, {unsure_here:.3f} nats.",
+        ]
     if len(scores.baselines) > 1:
         tried = (f"{value:.4f} after {scores.steps(own):,} steps" for own, value in scores.validation().items())
         lines += ["", f"Baselines, mean of the validation scores: {', '.join(tried)}."]
