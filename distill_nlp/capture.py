@@ -130,10 +130,10 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def enable_quick_attention(model: nn.Module) -> None:
-    """Where there is nothing but a CPU, has a model on Transformers' SDPA attend by `cpu_attention`."""
-    if torch.accelerator.is_available() or not isinstance(model, PreTrainedModel):
+    """Has a model on Transformers' SDPA attend by `cpu_attention`, to train on a CPU; leaves any other as it is."""
+    if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != "sdpa":
         return
-    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+    if model._can_set_attn_implementation():
         model.set_attn_implementation(ATTENTION_NAME)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,22 @@ def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -
             that changes nothing, because each phase has what it sets.
     """
     path = Path(path)
-    settings = read_settings(path, "config")
+    # What an alias of YAML stands for is one object in several places.
+    settings = _unshared(read_settings(path, "config"))
     for name, value in (overrides or {}).items():
         _set(settings, name, value)
     for name, value in (overrides or {}).items():
         _leave_out_what_it_replaces(settings, name, value, overrides or {})
-    _refuse_what_phases_hide(settings, overrides or {})
     _refuse_placeholders(settings, path)
     try:
-        return Experiment.model_validate(settings)
+        experiment = Experiment.model_validate(settings)
     except ValidationError as error:
         lines = [one_line(_explain(e)) for e in error.errors()]
         if len(lines) == 1:
             raise UsageError(f"{path}: {lines[0]}") from None
         raise UsageError(f"{path}: {len(lines)} settings are wrong", lines) from None
+    _refuse_what_phases_hide(experiment, overrides or {})
+    return experiment
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
@@ -117,15 +119,22 @@ def name_outside_phases(name: str) -> str:
     return re.sub(r"^phases\.\d+\.", "", name)
 
 
+def _unshared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     inner: Any = settings
     for i, name in enumerate([*parents, last]):
         path = ".".join(parents[:i])
+        if path == "phases" and not inner:
+            raise UsageError(f"--{dotted}: there are no phases")
         if isinstance(inner, list):
             if not (name.isdecimal() and int(name) < len(inner)):
-                there = f"0 to {len(inner) - 1}" if inner else "none"
-                raise UsageError(f"--{dotted}: {path} has the entries {there}, got {name}")
+                raise UsageError(f"--{dotted}: {path} has {len(inner)} entries, counted from 0, got {name}")
             key: Any = int(name)
         elif isinstance(inner, dict):
             key = name
@@ -139,25 +148,32 @@ def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
         inner = inner[key]
 
 
-def _refuse_what_phases_hide(settings: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """What is given for all phases, each of which has its own, would change nothing, and nobody would see it."""
-    phases = settings.get("phases")
-    if not (isinstance(phases, list) and phases and all(isinstance(phase, dict) for phase in phases)):
-        return
-    for name in overrides:
+def _refuse_what_phases_hide(experiment: Experiment, names: Iterable[str]) -> None:
+    """What is given for all phases, each of which has its own, would not reach the student, and nobody would see it.
+
+    Args:
+        experiment: with the overrides in it.
+        names: of the overrides.
+    """
+    phases = experiment.phases
+    for name in names if phases else ():
         block, _, rest = name.partition(".")
         if block == "losses":
-            hidden = [phase.get("losses") for phase in phases]
-            instead = [i for i, losses in enumerate(hidden) if rest.partition(".")[0] in (losses or {})]
+            hidden = all(phase.losses is not None for phase in phases)
             own = "losses of its own"
+            instead = [i for i, phase in enumerate(phases) if rest.partition(".")[0] in (phase.losses or {})]
         elif name in ("training.num_train_epochs", "training.max_steps"):
-            hidden = [(phase.get("training") or {}).get(rest) for phase in phases]
-            instead, own = list(range(len(phases))), f"its own {rest}"
+            # Steps come before epochs.
+            lengths = {rest, "max_steps"}
+            hidden = all(lengths & phase.training.model_fields_set for phase in phases)
+            own, instead = "a length of its own", list(range(len(phases)))
         else:
             continue
-        if None not in hidden:
+        if hidden:
             ways = " and ".join(f"phases.{i}.{name}" for i in instead or [len(phases) - 1])
-            raise UsageError(f"{name} would change nothing: each phase has {own}; set {ways}")
+            if block == "training" and rest not in experiment.teacher.training.model_fields_set:
+                ways += f", or teacher.{name} for the teacher"
+            raise UsageError(f"{name} does not reach the student: each phase has {own}; set {ways}")
 
 
 def _leave_out_what_it_replaces(settings: dict[str, Any], dotted: str, value: Any, overrides: dict[str, Any]) -> None:
@@ -171,6 +187,10 @@ def _leave_out_what_it_replaces(settings: dict[str, Any], dotted: str, value: An
         return
     inner: Any = settings
     for name in parents:
+        # Another override may have put something else there.
+        is_there = name.isdecimal() and int(name) < len(inner) if isinstance(inner, list) else name in inner
+        if not is_there:
+            return
         inner = inner[int(name) if isinstance(inner, list) else name]
     for other in others:
         if ".".join([*parents, other]) not in overrides:

@@ -30,20 +30,29 @@ def attend(
         **settings: of `sdpa_attention_forward`.
 
     Returns:
-        (B, S, A, D) in the type of `query`; and None in the place of the map.
+        (B, S, A, D) in the type that PyTorch would give; and None in the place of the map.
     """
+    inputs = query, key, value
+    # Under autocast, some of them may be float32 still: rotary positions are.
+    autocast = torch.is_autocast_enabled("cpu")
+    kind = torch.get_autocast_dtype("cpu") if autocast else query.dtype
     if not (
         query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
-        and query.requires_grad
+        and kind == torch.bfloat16
         and max(query.shape[2], key.shape[2]) < _SHORT
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in inputs)
     ):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
+        return sdpa_attention_forward(module, *inputs, attention_mask, **settings)
+    settings = {name: _in_float32(x) for name, x in settings.items()}
     # Autocast would take them to bfloat16 again.
     with torch.autocast("cpu", enabled=False):
         output, maps = sdpa_attention_forward(
-            module, query.float(), key.float(), value.float(), attention_mask, **settings
+            module, *(x.float() for x in inputs), _in_float32(attention_mask), **settings
         )
-    return output.to(query.dtype), maps
+    return output.to(kind), maps
+
+
+def _in_float32(value: Any) -> Any:
+    """A mask or bias that is added to the scores has their type; one of truth values, and all else, stays."""
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
-from distill_nlp.capture import enable_attention_capture, enable_quick_attention, forward_with_features, logits_of
+from distill_nlp.capture import enable_attention_capture, forward_with_features, logits_of
 from distill_nlp.losses.base import ModelShape
 from distill_nlp.losses.cross_entropy import CrossEntropyLoss
 from distill_nlp.objective import DistillationObjective, Shares
@@ -103,7 +103,6 @@ class DistillationModel(nn.Module):
         self._accepted = accepted_arguments(student)
         self._hidden_state_layers = objective.layers(0, "hidden_state")
         self._attention_layers = objective.layers(0, "attention")
-        enable_quick_attention(bare_model(student))
         if self._attention_layers:
             enable_attention_capture(bare_model(student))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from distill_nlp.config import CONFIG_FILE, STAGES, SYNTHETIC, TRAIN_TOKENIZER, Experiment
+from distill_nlp.config_training import TrainingSection
 from distill_nlp.doctor import Finding, compact_lines, examine, examine_teachers, guarded
 from distill_nlp.durable_files import write_json
 from distill_nlp.errors import DistillError, UsageError
@@ -60,16 +62,24 @@ class Pipeline:
         self.teachers = TeacherStages(self.runner, self.prints)
         self.students = StudentStages(self.runner, self.prints)
         # What TrainingArguments refuse is refused before anything is loaded.
+        self._check_trainings(lambda section: training_arguments(section, self.root, seed=0))
+
+    def _check_trainings(self, check: Callable[[TrainingSection], Any]) -> None:
+        """Has the settings of each training checked; what is wrong is said with their path."""
+        experiment = self.experiment
         sections = [(experiment.training, "training"), (experiment.teacher_training(), "teacher.training")]
         if experiment.phases:
             own = enumerate(experiment.student_trainings())
             sections += [(phase.training, f"phases.{i}.training") for i, phase in own]
         for section, where in sections:
             try:
-                check_trackers(section.report_to)
-                training_arguments(section, self.root, seed=0)
+                check(section)
             except (ValueError, TypeError, ImportError) as error:
                 raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+
+    def _check_trackers(self) -> None:
+        """Of runs that train: a report can be made, and a cache filled, where there is no tracker."""
+        self._check_trainings(lambda section: check_trackers(section.report_to))
 
     def run(self, stages: Sequence[str] = STAGES, doctor: bool = True) -> dict[str, Any] | None:
         """Runs the stages named, in their order; gives the report, if it is among them, on the main rank.
@@ -81,8 +91,11 @@ class Pipeline:
         Raises:
             UsageError: data, models and settings do not fit each other, or the doctor stops the run.
         """
+        trains = bool({"teacher", "baseline", "student"} & set(stages))
+        if trains:
+            self._check_trackers()
         self._check_materials()
-        self.settle(measure=bool({"teacher", "baseline", "student"} & set(stages)))
+        self.settle(measure=trains)
         if "baseline" in stages or "student" in stages:
             self.students.check()
         doctor = doctor and self._is_something_to_train(stages)
@@ -110,6 +123,7 @@ class Pipeline:
             UsageError: data, models and settings do not fit each other.
             DistillError: the device has too little memory, or a loss is not finite.
         """
+        self._check_trackers()
         self._check_materials()
         self.settle()
         self.students.check()
@@ -129,7 +143,11 @@ class Pipeline:
         if not self.experiment.phases:
             return examine(self.materials, self.prints, stages)
         views = self.students.views
-        found = examine(views[0], self.prints, stages)
+        # What is to be typed names the phase.
+        found = [
+            replace(one, fix=one.fix.replace("--losses.", "--phases.0.losses."))
+            for one in examine(views[0], self.prints, stages)
+        ]
         for i, materials in enumerate(views[1:], 2):
             name, objective = f"phase {i}", partial(getattr, materials, "objective")
             found += guarded(name, lambda name=name, make=objective: Finding("ok", name, make().formula()))

@@ -214,7 +214,7 @@ class TrainingJob:
         )
 
     def _trainer(self, say: Say, arguments: DistillationArguments, validation: Any) -> DistillationTrainer:
-        arguments.run_name = run_name(arguments.run_name, self.name, self.folder.path)
+        arguments.run_name = run_name(arguments.run_name, self.folder.path)
         try:
             trainer = DistillationTrainer(
                 model=self.model,

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from distill_nlp.config_checks import did_you_mean
 
-# Callbacks that leave a run open at the end of a training, which the next one would go on with; and their client.
-_CLIENTS = {"WandbCallback": "_wandb", "TrackioCallback": "_trackio"}
-_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "codecarbon": "codecarbon"}
+logger = logging.getLogger(__name__)
+
+_PACKAGES = {"comet_ml": "comet-ml"}
+# Transformers does not always say whether these are there.
+_UNKNOWN = {"azure_ml", "flyte"}
+LONGEST_RUN_NAME = 128
+"""Characters, of W&B."""
 
 
 def check_trackers(report_to: str | Sequence[str]) -> None:
@@ -27,42 +33,63 @@ def check_trackers(report_to: str | Sequence[str]) -> None:
     wanted = [name for name in names if name not in ("none", "all")]
     for name in wanted:
         if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(INTEGRATION_TO_CALLBACK)
-            raise ValueError(
-                f"report_to: no tracker {name}; there are {known}{did_you_mean(name, [*INTEGRATION_TO_CALLBACK])}"
-            )
-    for name in sorted(set(wanted) - set(get_available_reporting_integrations())):
+            known = list(INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"report_to: no tracker {name}; there are {', '.join(known)}{did_you_mean(name, known)}")
+    for name in sorted(set(wanted) - set(get_available_reporting_integrations()) - _UNKNOWN):
         raise ImportError(f"report_to: {name} is not installed; pip install {_PACKAGES.get(name, name)}")
 
 
-def run_name(given: str | None, stage: str, folder: Path) -> str:
-    """What trackers call a training: so that no two of a machine are one.
+def run_name(given: str | None, folder: Path) -> str:
+    """What trackers call a training: so that no two that are started from one place are one.
 
     Args:
         given: by the user, for all trainings of an experiment.
-        stage: of the experiment.
-        folder: of its result.
+        folder: of the training's result.
     """
-    if given is not None:
-        return f"{given}, {stage}"
     folder = folder.absolute()
-    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    # The end tells one from another.
+    return (f"{shown}" if given is None else f"{given}: {shown}")[-LONGEST_RUN_NAME:]
 
 
 @contextmanager
 def run_of_its_own(callbacks: Sequence[TrainerCallback], writes: bool) -> Iterator[None]:
-    """Ends the trackers' runs that begin inside; one that was open before is the caller's, and stays.
+    """Ends the runs of W&B and trackio that begin inside, which the next training would go on with.
+
+    One that was open before is the caller's, and stays.
 
     Args:
         callbacks: of a Trainer.
         writes: whether this process is the one that reports.
     """
-    clients = [(one, getattr(one, _CLIENTS[type(one).__name__])) for one in callbacks if type(one).__name__ in _CLIENTS]
-    own = [(callback, client) for callback, client in clients if getattr(client, "run", None) is None]
+    own = [callback for callback in callbacks if type(callback).__name__ in _OPEN and not _is_open(callback)]
+    ended_well = False
     try:
         yield
+        ended_well = True
     finally:
-        for callback, client in own:
-            if writes and callback._initialized:
-                client.finish()
+        for callback in own:
+            if writes and _is_open(callback):
+                try:
+                    _finish(callback, ended_well)
+                except Exception as error:
+                    # The training is what counts.
+                    logger.warning("%s could not end its run: %s", type(callback).__name__, error)
                 callback._initialized = False
+
+
+_OPEN = {
+    "WandbCallback": lambda callback: callback._wandb.run,
+    "TrackioCallback": lambda callback: callback._trackio.context_vars.current_run.get(),
+}
+
+
+def _is_open(callback: Any) -> bool:
+    return _OPEN[type(callback).__name__](callback) is not None
+
+
+def _finish(callback: Any, ended_well: bool) -> None:
+    if type(callback).__name__ == "WandbCallback":
+        callback._wandb.finish(exit_code=0 if ended_well else 1)
+    else:
+        callback._trackio.finish()

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, set_seed
 
 from distill_nlp.arguments import DistillationArguments, setting_of
+from distill_nlp.capture import enable_quick_attention
 from distill_nlp.checkpoints import load_weights, save_objective, save_student
 from distill_nlp.collation import DistillationCollator
 from distill_nlp.combinations import refuse_layer_decay, refuse_where_sharded
@@ -17,7 +18,7 @@ from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.gradient_meter import GradientMeter
 from distill_nlp.labels import check_data_labels
 from distill_nlp.losses.base import IGNORE_INDEX, DistillationLoss
-from distill_nlp.modeling import DistillationModel, accepted_arguments
+from distill_nlp.modeling import DistillationModel, accepted_arguments, bare_model
 from distill_nlp.objective import DistillationObjective, Shares
 from distill_nlp.outputs import DistillationOutput
 from distill_nlp.parameter_groups import Freezing, layer_factors, scale_by_layer
@@ -99,6 +100,8 @@ class DistillationTrainer(ResumableTrainer):
             raise ValueError("the student and the teacher share parameters, which would be frozen; pass a copy of one")
         refuse_layer_decay(args, model, kwargs.get("optimizers", (None, None))[0] is not None)
         self._freezing = Freezing(model, setting_of(args, "freeze"), setting_of(args, "unfreeze_every"))
+        if args.device.type == "cpu":
+            enable_quick_attention(bare_model(model))
         # The Trainer seeds itself only later; the projections are drawn here.
         set_seed(args.seed)
         wrapped = DistillationModel(model, objective, teacher.config if objective.needs_teacher else None)

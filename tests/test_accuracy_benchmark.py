@@ -131,6 +131,17 @@ def test_a_first_phase_that_recipes_share_is_trained_once(tiny, tmp_path, monkey
     assert not first["vanilla_kd"].is_symlink()
     last = [(work / name / "student" / "seed-0" / "model.safetensors").read_bytes() for name in first]
     assert last[0] != last[1]
+    # A recipe that is not what it was has a first phase of its own, and the other one's stays.
+    changed = yaml.safe_load((folder / "rkd.yaml").read_text())
+    changed["phases"][0]["losses"]["hidden"]["weight"] = 2.0
+    (folder / "rkd.yaml").write_text(yaml.safe_dump(changed))
+    tiny("--sets", "tiny", "--seeds", "0")
+    assert not first["rkd"].is_symlink()
+    assert not os.path.samefile(*first.values())
+    assert sorted(path.name for path in first["rkd"].parent.iterdir() if not path.name.startswith(".")) == [
+        "seed-0",
+        "seed-0-phase-1",
+    ]
     # Both count the steps of both phases.
     steps = [line.split("|")[7].strip() for line in text.splitlines() if line.startswith(("| vanilla_kd", "| rkd"))]
     assert steps == ["4", "4"]

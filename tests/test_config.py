@@ -301,6 +301,16 @@ def test_freezing_is_the_students_unless_the_teacher_has_its_own(write):
 
 # ---- settings of a phase ----
 
+
+@pytest.fixture
+def write_text(tmp_path):
+    def write(text: str) -> Path:
+        (tmp_path / "phased.yaml").write_text(text, encoding="utf-8")
+        return tmp_path / "phased.yaml"
+
+    return write
+
+
 PHASED = Path(__file__).parent.parent / "configs" / "recipes" / "all_in_one.yaml"
 
 
@@ -325,10 +335,10 @@ def test_a_setting_of_a_phase_has_its_number_in_its_name():
         (
             "training.num_train_epochs",
             1,
-            "each phase has its own num_train_epochs; set phases.0.training.num_train_epochs and phases.1.training",
+            "does not reach the student: each phase has a length of its own; set phases.0.training.num_train_epochs",
         ),
-        ("phases.2.losses.kl.weight", 1, "--phases.2.losses.kl.weight: phases has the entries 0 to 1, got 2"),
-        ("phases.last.losses.kl.weight", 1, "phases has the entries 0 to 1, got last"),
+        ("phases.2.losses.kl.weight", 1, "--phases.2.losses.kl.weight: phases has 2 entries, counted from 0, got 2"),
+        ("phases.last.losses.kl.weight", 1, "phases has 2 entries, counted from 0, got last"),
         ("data.dataset.name", "x", "--data.dataset.name: data.dataset is not a block of settings"),
     ],
 )
@@ -336,6 +346,51 @@ def test_an_override_that_would_change_nothing_or_leads_nowhere_is_refused(name,
     with pytest.raises(UsageError) as error:
         load_experiment(PHASED, {name: value})
     assert expected in str(error.value)
+
+
+def test_of_a_length_that_the_teacher_takes_that_is_said(write_text):
+    text = PHASED.read_text().replace("training: {learning_rate: 2.0e-5, num_train_epochs: 2}", "")
+    with pytest.raises(UsageError, match="or teacher.training.num_train_epochs for the teacher"):
+        load_experiment(write_text(text), {"training.num_train_epochs": 1})
+    # Steps come before epochs, wherever they stand.
+    steps = text.replace("training: {num_train_epochs: 3}", "training: {max_steps: 3}")
+    with pytest.raises(UsageError, match="each phase has a length of its own"):
+        load_experiment(write_text(steps), {"training.num_train_epochs": 1})
+    with pytest.raises(UsageError, match="there are no phases"):
+        load_experiment(PHASED, {"phases": [], "phases.0.training.learning_rate": 1e-4})
+
+
+def test_an_alias_of_yaml_is_not_shared(write_text):
+    text = PHASED.read_text().replace(
+        'training: {num_train_epochs: 5, eval_strategy: "no"}', "training: &t {num_train_epochs: 5}"
+    )
+    text = text.replace("training: {num_train_epochs: 3}", "training: *t")
+    first, second = load_experiment(write_text(text), {"phases.0.training.num_train_epochs": 9}).student_trainings()
+    assert (first.training.num_train_epochs, second.training.num_train_epochs) == (9, 5)
+
+
+@pytest.mark.parametrize(
+    ("phases", "overrides", "expected"),
+    [
+        ([{"training": "fast"}], {"training.max_steps": 5}, "phases.0.training"),
+        ([{"losses": 7}], {"losses.kl.weight": 5}, "phases.0.losses"),
+        (7, {"losses.kl.weight": 5}, "phases"),
+        (
+            ["x"],
+            {"phases.0.training.max_steps": 5},
+            "--phases.0.training.max_steps: phases.0 is not a block of settings",
+        ),
+    ],
+)
+def test_phases_that_are_none_are_said_whatever_lies_over_them(phases, overrides, expected):
+    with pytest.raises(UsageError) as error:
+        load_experiment(PHASED, {"phases": phases} | overrides)
+    assert expected in str(error.value)
+
+
+def test_a_precision_of_a_phase_that_another_override_takes_away_is_none():
+    words = {"phases.0.training.precision": "fp32", "phases": [{"losses": {"kl": {}}}]}
+    assert load_experiment(PHASED, words).phases[0].training.model_fields_set == set()
 
 
 def test_what_a_phase_leaves_open_may_be_set_for_all():

@@ -7,6 +7,7 @@ import pytest
 from helpers import BINARY, label_config, make_teacher, make_tokenizer
 
 from distill_nlp.cli import main
+from distill_nlp.doctor import Finding
 
 KL = {"ce": {"weight": 0.3}, "kl": {"weight": 0.7}}
 
@@ -97,6 +98,14 @@ def test_a_run_is_bit_identical_with_and_without_the_doctor_and_a_finished_one_i
     for one, other in zip(*found, strict=True):
         assert one.keys() == other.keys()
         assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_what_it_says_of_a_phase_can_be_typed(experiment, capsys, monkeypatch):
+    stop = Finding("stop", "losses", "it cannot be", "it would fail", "--losses.kl.weight 0")
+    monkeypatch.setattr("distill_nlp.pipeline.examine", lambda *_: [stop])
+    for phases, expected in (([], "fix --losses.kl.weight 0"), ([{}], "fix --phases.0.losses.kl.weight 0")):
+        assert main(["doctor", str(experiment(phases=phases))]) == 2
+        assert expected in " ".join(capsys.readouterr().out.split())
 
 
 def test_data_that_cannot_be_read_are_a_stop_with_their_message(experiment, capsys):

@@ -137,6 +137,7 @@ def test_a_value_reads_back_as_what_it_is(value, text):
 def test_a_text_stands_as_it_is_where_the_setting_is_text():
     assert argument("data.revision", "1e-4") == "1e-4"
     assert argument("data.truncation_side", "left") == "left"
+    assert argument("phases.0.training.eval_strategy", "no") == "no"
     assert argument("losses.a.b", "1e-4") == '"1e-4"'
 
 

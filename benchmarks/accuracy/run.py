@@ -164,10 +164,14 @@ class Bench:
         sharing = self._sharing()
         first = [recipe for recipe in self.recipes if recipe not in sharing]
         jobs += [(recipe, "student", seed) for seed in self.options.seeds for recipe in first]
+        # Of a recipe that is not what it was; what is shared now is linked when it is there.
+        for path in (self._first_phase(recipe, seed) for recipe in self.recipes for seed in self.options.seeds):
+            if path.is_symlink():
+                path.unlink()
         self._distill_all(jobs)
         for recipe, owner in sharing.items():
             for seed in self.options.seeds:
-                self._link_phase(recipe, owner, f"seed-{seed}-phase-1")
+                self._link_phase(recipe, owner, seed)
         self._distill_all([(recipe, "student", seed) for seed in self.options.seeds for recipe in sharing])
 
     def _sharing(self) -> dict[str, str]:
@@ -176,18 +180,22 @@ class Bench:
         sharing = {}
         for recipe in self.recipes:
             settings = read_settings(self.folder / f"{recipe}.yaml", "config")
-            if phases := settings.get("phases"):
+            phases = settings.get("phases", [])
+            if len(phases) > 1:
                 alike = yaml.safe_dump(settings | {"phases": phases[:1], "output_dir": None})
                 owner = owners.setdefault(alike, recipe)
                 if owner != recipe:
                     sharing[recipe] = owner
         return sharing
 
-    def _link_phase(self, recipe: str, owner: str, phase: str) -> None:
-        own = self.folder / recipe / "student" / phase
+    def _first_phase(self, recipe: str, seed: int) -> Path:
+        return self.folder / recipe / "student" / f"seed-{seed}-phase-1"
+
+    def _link_phase(self, recipe: str, owner: str, seed: int) -> None:
+        own = self._first_phase(recipe, seed)
         if not own.exists():
             own.parent.mkdir(parents=True, exist_ok=True)
-            own.symlink_to(Path("..") / ".." / owner / "student" / phase)
+            own.symlink_to(Path("..") / ".." / owner / "student" / own.name)
 
     def _distill_all(self, jobs: list[tuple[str, str, int]]) -> None:
         with ThreadPoolExecutor(self.options.jobs) as pool:

@@ -29,6 +29,8 @@ WAYS = {
 
 def tables(pair: Pair, rows: int, lengths: list[int], rounds: int) -> Iterator[tuple[str, dict[str, Figures]]]:
     """Steps of the student alone in batches of 32, for each length of a row; and the most memory of the processes."""
+    if pair.device.type != "cpu":
+        raise SystemExit("the part short is of CPUs: hide the accelerator")
     for tokens in lengths:
         peaks: dict[str, list[int]] = {name: [] for name in WAYS}
         passes = {name: _process(way, peaks[name], pair, rows, tokens) for name, way in WAYS.items()}

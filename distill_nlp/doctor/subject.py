@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from distill_nlp.capture import enable_quick_attention
 from distill_nlp.collation import DistillationCollator
 from distill_nlp.config import TrainingSection
 from distill_nlp.doctor.measure import Batch, Step
@@ -206,7 +207,7 @@ class Subject:
         objective = self.new_objective()
         # A loss whose weight rises from 0 needs its memory later.
         objective.weights = {name: schedule.highest for name, schedule in objective.schedules.items()}
-        student = self.materials.new_student().to(self.device)
+        student = self._as_trained(self.materials.new_student())
         config = self.lead_model.config
         model = DistillationModel(student, objective, config if objective.needs_teacher else None)
         autocast = AUTOCAST.get(self.materials.mixed_precision)
@@ -229,7 +230,14 @@ class Subject:
 
     def _plain_step(self, model: PreTrainedModel, section: TrainingSection) -> Step:
         objective = DistillationObjective({"ce": CrossEntropyLoss()})
-        return Step(DistillationModel(model.to(self.device), objective), None, AUTOCAST.get(mixed_precision(section)))
+        wrapped = DistillationModel(self._as_trained(model), objective)
+        return Step(wrapped, None, AUTOCAST.get(mixed_precision(section)))
+
+    def _as_trained(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Where and how the trainer has it."""
+        if self.device.type == "cpu":
+            enable_quick_attention(model)
+        return model.to(self.device)
 
     # ---- what is left to do ----
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from distill_nlp.config_file import leaves
+from distill_nlp.config_file import leaves, name_outside_phases
 from distill_nlp.sweep.plan import SweepPlan
 from distill_nlp.yaml_text import read_yaml
 
@@ -34,7 +34,7 @@ def run_command(plan: SweepPlan, settings: Mapping[str, Any], output_dir: Path) 
 
 def argument(name: str, value: Any) -> str:
     """A value as the command reads it: text as it stands where the setting is text, else YAML."""
-    field = dict(leaves()).get(name)
+    field = dict(leaves()).get(name_outside_phases(name))
     if field is not None and isinstance(value, str):
         is_union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
         kinds = set(typing.get_args(field.annotation) if is_union else (field.annotation,)) - {type(None)}
