@@ -213,7 +213,7 @@ def grouped_sampler(
     name = next((n for n in (args.length_column_name, "input_ids") if n in data.column_names), None)
     if name is None:
         return None
-    return GroupedSampler(_lengths(data, name), batch_size, _seed(args), epoch, args.world_size)
+    return GroupedSampler(row_lengths(data, name), batch_size, _seed(args), epoch, args.world_size)
 
 
 def mixed_sampler(data: Any, args: TrainingArguments, batch_size: int, epoch: Callable[[], int]) -> MixedSampler:
@@ -248,7 +248,7 @@ def mixed_sampler(data: Any, args: TrainingArguments, batch_size: int, epoch: Ca
     lengths = None
     if strategy == "group_by_length":
         known = args.length_column_name in data.column_names
-        lengths = _lengths(data, args.length_column_name if known else "input_ids")
+        lengths = row_lengths(data, args.length_column_name if known else "input_ids")
     return MixedSampler(
         labeled,
         batch_size,
@@ -298,7 +298,7 @@ def labeled_rows(data: Any) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _lengths(data: Any, name: str) -> np.ndarray:
+def row_lengths(data: Any, name: str) -> np.ndarray:
     """(N,) the lengths of a column of lists, or the numbers of a column of lengths."""
     import pyarrow.compute as pc
 

@@ -18,7 +18,7 @@ from distill_nlp.stage_training import Say, TrainingJob
 from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.tokenization import with_segments
-from distill_nlp.training_rows import StreamedRows
+from distill_nlp.training_rows import StreamedRows, validation_rows
 
 
 class StageRunner:
@@ -100,7 +100,7 @@ class StageRunner:
             name=name,
             folder=folder,
             fingerprint=fingerprint,
-            validation=materials.tokens(materials.splits.validation, reader),
+            validation=validation_rows(materials, reader),
             tokenizer=tokenizer,
             max_length=self.experiment.data.max_length if reader is None else reader.max_length,
             callbacks=self.callbacks,

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from distill_nlp.arguments import DistillationArguments, setting_of
 from distill_nlp.errors import UsageError
 from distill_nlp.materials import Materials
 from distill_nlp.row_stream import Row, RowStream
+from distill_nlp.sampling import row_lengths
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.tokenization import TEXT_COLUMNS, encode_texts
 
@@ -102,6 +105,15 @@ def teacher_rows(materials: Materials, part: TeacherPart) -> Any:
         return materials.tokens(splits.teacher_train, part)
     _ = materials.readers
     return _streamed(materials, [splits.streams.teacher_train], [("", part.tokenizer, part.max_length)])
+
+
+def validation_rows(materials: Materials, part: TeacherPart | None = None) -> Any:
+    """Those that pick the checkpoint, as this teacher reads them, else as the student does; the longest come first.
+
+    In the order of a file, half of the tokens of a batch of short texts are padding.
+    """
+    rows = materials.tokens(materials.splits.validation, part)
+    return rows.select(np.argsort(-row_lengths(rows, "input_ids"), kind="stable"))
 
 
 def _student(materials: Materials) -> Reader:

@@ -1,9 +1,17 @@
-"""What the result of a training stage depends on."""
+"""What the result of a training stage depends on, and the rows that it is evaluated on."""
 
+from collections import Counter
+
+import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+from distill_nlp.cli import main
 from distill_nlp.config import TrainingSection
+from distill_nlp.config_file import load_experiment
+from distill_nlp.materials import Materials
+from distill_nlp.trainer import DistillationTrainer
+from distill_nlp.training_rows import validation_rows
 from distill_nlp.training_settings import effective, training_arguments
 
 
@@ -71,3 +79,44 @@ def test_measuring_alone_changes_no_result():
 def test_what_changes_a_result_counts():
     assert effective(TrainingSection(learning_rate=1e-3), True) != effective(TrainingSection(), True)
     assert effective(TrainingSection(logging_steps=7), True) == effective(TrainingSection(), True)
+
+
+# ---- rows of evaluations ----
+
+
+def test_validation_rows_come_by_length_with_their_labels(experiment, tmp_path):
+    rows = [(" ".join(["w4", "w9"][i % 2 : i % 2 + 1] + ["w20"] * (i * 5 % 11)), i % 2) for i in range(12)]
+    pd.DataFrame(rows, columns=["text", "label"]).to_parquet(tmp_path / "data" / "validation.parquet")
+    materials = Materials(load_experiment(experiment(data__max_length=10)))
+    found = validation_rows(materials)
+    lengths = [len(row["input_ids"]) for row in found]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) > 5
+    in_the_file = materials.tokens(materials.splits.validation)
+    assert lengths != [len(row["input_ids"]) for row in in_the_file]
+
+    def counted(data):
+        return Counter((tuple(row["input_ids"]), row["labels"]) for row in data)
+
+    assert counted(found) == counted(in_the_file)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_doctor")
+def test_every_stage_evaluates_on_batches_of_like_lengths(experiment, monkeypatch):
+    seen = []
+    make = DistillationTrainer.__init__
+
+    def noting(self, *arguments, **settings):
+        seen.append([len(row["input_ids"]) for row in settings["eval_dataset"]])
+        make(self, *arguments, **settings)
+
+    monkeypatch.setattr(DistillationTrainer, "__init__", noting)
+    config = experiment()
+    data = config.parent / "data" / "validation.parquet"
+    rows = pd.read_parquet(data)
+    rows["text"] = [text + " w30" * (i % 4) for i, text in enumerate(rows["text"])]
+    rows.to_parquet(data)
+    assert main(["run", str(config), "--stages", "teacher,baseline,student"]) == 0
+    assert len(seen) == 3
+    assert all(lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1 for lengths in seen)
