@@ -38,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; gives its exit code: 0 done, 1 failed, 2 wrong usage or data, 130 or 143 interrupted."""
     # Before PyTorch loads its OpenMP: spinning threads make small operations many times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Before its first tensor: memory in huge pages, where Linux has them, spares a CPU the faults of fresh buffers.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     if known.command not in ("run", "report", "cache", "doctor", "sweep") and rest:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# PyTorch's backward pass in bfloat16 takes five times that in float32 at 20 tokens, twice at 128, the same from 256 on
-# (benchmarks/speed, part short).
+# PyTorch's backward pass in bfloat16 is slower than that in float32 on short rows (benchmarks/speed, part short); on
+# longer ones the two are alike.
 _SHORT = 256
 
 

@@ -1,4 +1,4 @@
-"""Training steps on short rows in bfloat16 on a CPU: PyTorch as it is, and what `distill-nlp run` does about them.
+"""Training steps on short rows in bfloat16 on a CPU: PyTorch as it is, with our attention, and in huge pages.
 
 Huge pages are for a whole process: each pass is one of a process of its own.
 """
@@ -20,8 +20,8 @@ _IN_BF16 = Bare("none", bf16=True, attention_dropout=0.0, fused=True)
 # With THP_MEM_ALLOC_ENABLE.
 WAYS = {
     "bf16": (_IN_BF16, "0"),
-    "bf16, attention in fp32": (replace(_IN_BF16, quick_attention=True), "0"),
-    "bf16, attention in fp32, huge pages: `run` by itself": (replace(_IN_BF16, quick_attention=True), "1"),
+    "bf16, attention in fp32: as `DistillationTrainer` trains": (replace(_IN_BF16, quick_attention=True), "0"),
+    "the same, huge pages": (replace(_IN_BF16, quick_attention=True), "1"),
     "fp32": (replace(_IN_BF16, bf16=False), "0"),
     "fp32, huge pages": (replace(_IN_BF16, bf16=False), "1"),
 }
