@@ -40,7 +40,6 @@ def attend(
         query.device.type == "cpu"
         and kind == torch.bfloat16
         and max(query.shape[2], key.shape[2]) < _SHORT
-        and torch.is_grad_enabled()
         and any(x.requires_grad for x in inputs)
     ):
         return sdpa_attention_forward(module, *inputs, attention_mask, **settings)

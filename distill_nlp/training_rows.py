@@ -110,7 +110,7 @@ def teacher_rows(materials: Materials, part: TeacherPart) -> Any:
 def validation_rows(materials: Materials, part: TeacherPart | None = None) -> Any:
     """Those that pick the checkpoint, as this teacher reads them, else as the student does; the longest come first.
 
-    In the order of a file, half of the tokens of a batch of short texts are padding.
+    In the order of a file, much of a batch of short texts is padding.
     """
     rows = materials.tokens(materials.splits.validation, part)
     return rows.select(np.argsort(-row_lengths(rows, "input_ids"), kind="stable"))

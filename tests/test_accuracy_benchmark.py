@@ -378,6 +378,12 @@ def test_tests_interval_and_table_take_the_chosen_baseline(bench, tmp_path):
     rows = {line.split("|")[1].strip(): line for line in bench["table"]._table(scores).splitlines() if "|" in line}
     assert rows["baseline"].startswith("| baseline | 0.5000 ± 0.0000 |")
     assert "| 50% |" in rows["recipe"]
+    assert "↓" not in rows["recipe"]
+    # Where the baseline has more rows right, the p-values say so, and are those of that.
+    shares["recipe/"] = 0.25
+    rows = {line.split("|")[1].strip(): line for line in bench["table"]._table(scores).splitlines() if "|" in line}
+    assert f"| {2 * 0.5**15:.1g} ↓, {2 * 0.5**15:.1g} ↓ |" in rows["recipe"]
+    assert rows["recipe"].count("↓") == 3
 
 
 def test_the_entropy_of_several_labels_is_that_of_each(bench):

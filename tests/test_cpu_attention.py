@@ -112,6 +112,14 @@ def test_what_is_long_or_has_no_gradient_stays_in_its_type(tokens, dtype, grad, 
     assert maps is None
 
 
+def test_a_gradient_of_the_values_alone_is_reason_enough(types_of_sdpa):
+    """As of a student with adapters there, in its first block."""
+    tensors, mask = inputs(12, grad=False)
+    tensors[2].requires_grad_()
+    attend(nn.Module(), *tensors, mask)
+    assert types_of_sdpa == [torch.float32]
+
+
 @pytest.mark.parametrize(
     "losses", [{"kl": KLDivergenceLoss()}, {"attention": AttentionLoss()}], ids=["plain", "captured"]
 )

@@ -147,6 +147,15 @@ class SetScores:
         ]
         return paired_over_seeds(pairs), [mcnemar(student, baseline)["p_value"] for student, baseline in pairs]
 
+    def leads(self, recipe: str) -> list[float]:
+        """Of each seed, the part of the test rows that the student has right less that of the baseline."""
+        return [
+            float(
+                self.right(f"{recipe}/student/seed-{seed}").mean() - self.right(f"{self.baseline}/seed-{seed}").mean()
+            )
+            for seed in self.seeds
+        ]
+
     def stages(self, kind: str) -> list[dict[str, Any]]:
         """The records of all stages, phases too, of `BUDGET/baseline` or `RECIPE/student`."""
         folder = self.folder / kind

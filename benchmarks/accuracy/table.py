@@ -58,9 +58,11 @@ def _table(scores: SetScores) -> str:
         gap = f"{closed:.0%}" if math.isfinite(closed) else "no gap"
         low, high = scores.interval(recipe)
         pooled, each = scores.against_baseline(recipe)
+        leads = scores.leads(recipe)
         lines.append(
-            f"| {recipe} | {_mean_sd(student)} | {gap} | {100 * low:+.1f} … {100 * high:+.1f} | {pooled:.1g} | "
-            f"{', '.join(f'{p:.1g}' for p in each)} | {_cost(scores, f'{recipe}/student')} |"
+            f"| {recipe} | {_mean_sd(student)} | {gap} | {100 * low:+.1f} … {100 * high:+.1f} | "
+            f"{_shown(pooled, sum(leads))} | {', '.join(map(_shown, each, leads))} | "
+            f"{_cost(scores, f'{recipe}/student')} |"
         )
     if answers := scores.teacher_answers():
         (on_train, unsure_there), (on_test, unsure_here) = answers["train"], answers["test"]
@@ -73,6 +75,11 @@ def _table(scores: SetScores) -> str:
         tried = (f"{value:.4f} after {scores.steps(own):,} steps" for own, value in scores.validation().items())
         lines += ["", f"Baselines, mean of the validation scores: {', '.join(tried)}."]
     return "\n".join(lines)
+
+
+def _shown(p: float, lead: float) -> str:
+    """A p-value, with an arrow where it is the baseline that has more rows right."""
+    return f"{p:.1g}{' ↓' if lead < 0 else ''}"
 
 
 def _mean_sd(values: list[float]) -> str:
