@@ -20,7 +20,9 @@ class FromTeacher(Section):
     weights: Literal["pretrained", "finetuned"] = Field(
         "pretrained", description="the first teacher's before its training, or after it, head included"
     )
-    head: Literal["auto", "random"] = Field("auto", description="auto: finetuned weights bring theirs; random: drawn")
+    head: Literal["auto", "random"] = Field(
+        "auto", description="auto: that of a finished or finetuned teacher; random: drawn"
+    )
     width: int | None = Field(None, ge=1, description="of the hidden states, where not the teacher's")
     heads: int | None = Field(None, ge=1, description="attention heads; else as many as keep the size of a head")
     intermediate_size: int | None = Field(None, ge=1, description="feed-forward neurons; 4 x width where not given")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distill_nlp.errors import DistillError, UsageError, shown
+from distill_nlp.errors import DistillError, UsageError, first_line, shown
 
 # Ending -> loader of the datasets library with its arguments.
 LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -266,9 +266,3 @@ def check_utf8(file: Path) -> None:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         raise UsageError(f"data: {file} is not UTF-8 (it ends within a character)") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

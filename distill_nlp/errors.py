@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from distill_nlp.hub.private import masked
@@ -53,3 +54,27 @@ def one_line(text: str, longest: int = LONGEST_LINE) -> str:
 def shown(value: Any) -> str:
     """A value in a message: its `repr`, at most 200 characters of it."""
     return one_line(repr(value), 200)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@contextmanager
+def said_in_one_line(what: str) -> Iterator[None]:
+    """What a setting of a wrong kind or size leads to is each model's own: KeyError, AssertionError, RuntimeError.
+
+    Args:
+        what: could not be done.
+
+    Raises:
+        ValueError: what was raised, after `what`; a ValueError is left as it is.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {first_line(error)}") from None

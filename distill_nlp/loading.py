@@ -25,8 +25,8 @@ from distill_nlp.checkpoint_checks import (
     check_vocabulary,
     check_weights,
 )
-from distill_nlp.data_files import first_line, local_path
-from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.data_files import local_path
+from distill_nlp.errors import DistillError, UsageError, first_line
 from distill_nlp.losses.base import SINGLE_LABEL, ModelShape
 
 _trusts_code: ContextVar[bool] = ContextVar("trusts_code", default=False)

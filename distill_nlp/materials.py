@@ -222,12 +222,16 @@ class Materials:
             raise UsageError(f"student.{error}") from error
 
     def _layers_source(self, finetuned: tuple[str, str | None] | None) -> PreTrainedModel:
-        """The model whose layers the student takes: after its training, or before it and without a head."""
+        """The model whose layers the student takes: after its training, or before it and without a head.
+
+        One that is a classifier for these labels already, and is not to be trained, has its head in both cases.
+        """
         if finetuned is not None:
             return load_classifier(*finetuned)
         if self.lead.settings.model is None:
             return self.new_teacher(self.lead)
-        return load_backbone(self.lead.settings.model, self.lead.settings.revision)
+        load = load_backbone if self.lead.finished is None else load_classifier
+        return load(self.lead.settings.model, self.lead.settings.revision)
 
     @cached_property
     def objective(self) -> DistillationObjective:

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from distill_nlp.data_files import first_line
 from distill_nlp.durable_files import read_json
-from distill_nlp.errors import UsageError
+from distill_nlp.errors import UsageError, first_line
 from distill_nlp.loading import load_classifier, load_config
 
 MODEL_FILE = "model.onnx"

@@ -12,9 +12,9 @@ from accelerate.utils import broadcast_object_list
 
 from distill_nlp.config import CONFIG_FILE, Experiment
 from distill_nlp.config_training import TrainingSection
-from distill_nlp.data_files import first_line
 from distill_nlp.doctor import Subject, fitting_batch_size
 from distill_nlp.durable_files import read_json
+from distill_nlp.errors import first_line
 from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.materials import Materials
 from distill_nlp.precision import is_open, precision_of, prefers_bf16, settle_precision

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from distill_nlp.checkpoint_checks import check_sizes
-from distill_nlp.data_files import first_line
+from distill_nlp.errors import said_in_one_line
 from distill_nlp.loading import check_settings, load_classifier, load_config
 from distill_nlp.losses.base import ProblemType
 from distill_nlp.student_layers import student_from_teacher
@@ -32,13 +32,24 @@ def task_settings(
     """`label_arguments` with a config's overrides over them.
 
     Raises:
-        ValueError: the overrides name another kind of task.
+        ValueError: the overrides name another kind of task, or labels.
     """
     overrides = overrides or {}
+    refuse_labels(overrides, "overrides")
     other = overrides.get("problem_type", problem_type)
     if problem_type is not None and other != problem_type:
         raise ValueError(f"overrides.problem_type is {other}, but the labels are those of {problem_type}: leave it out")
     return {**label_arguments(label_names, problem_type), **overrides}
+
+
+def refuse_labels(settings: dict[str, Any], where: str) -> None:
+    """Classes are those of the data: as settings of a config they would be a second opinion, or half of one.
+
+    Raises:
+        ValueError: number or names of the labels are among the settings.
+    """
+    if given := sorted(settings.keys() & {"num_labels", "id2label", "label2id"}):
+        raise ValueError(f"{where}.{given[0]}: the labels are those of the data: leave it out")
 
 
 # As DistilBERT, BERT and GPT-2 have it.
@@ -76,7 +87,7 @@ def build_student(
 
     Raises:
         ValueError: not exactly one of the three ways is given, or a setting of theirs does not fit, as overrides of
-            another problem_type.
+            another problem_type or of the labels.
 
     Example:
         >>> student = build_student(["bad", "good"], from_teacher={"layers": 3}, teacher=teacher)
@@ -147,18 +158,13 @@ def model_from_config(config: dict[str, Any], settings: dict[str, Any]) -> PreTr
     """A model with random weights from `{"model_type": ..., ...}`.
 
     Raises:
-        ValueError: an unknown model type, a setting that this type does not know, or sizes that do not fit.
+        ValueError: an unknown model type, a setting that this type does not know, labels, or sizes that do not fit.
     """
+    refuse_labels(config, "config")
     config = {**config, **settings}
     model_type = config.pop("model_type", None)
     check_settings(_known_config(model_type), config, "config")
-    try:
+    with said_in_one_line(f"config: no {model_type} can be made of it"):
         made = AutoConfig.for_model(model_type, **config)
         check_sizes(made, "config")
         return AutoModelForSequenceClassification.from_config(made)
-    except ValueError:
-        raise
-    # What a setting of a wrong kind or size leads to is each model's own: KeyError, ZeroDivisionError, RuntimeError.
-    except Exception as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"config: no {model_type} can be made of it: {said}") from None

@@ -10,8 +10,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForSequenceClassification, DistilBertConfig, PreTrainedModel
 
+from distill_nlp.errors import said_in_one_line
 from distill_nlp.layer_mapping import map_layers
 from distill_nlp.loading import check_settings
+from distill_nlp.modeling import is_peft_model
 from distill_nlp.student_head import State, distilbert_head, head_state
 from distill_nlp.student_width import Sizes, choose_sizes, cut
 
@@ -77,12 +79,14 @@ def student_from_teacher(
 
     Raises:
         ValueError: numbers out of range, an unknown choice, a setting that follows from another, a teacher whose
-            blocks cannot be taken (ALBERT's layers share one), that is no BERT for "distilbert", or whose LayerNorm
-            epsilon is far from DistilBERT's.
+            blocks cannot be taken (ALBERT's layers share one), that PEFT has wrapped, that is no BERT for "distilbert",
+            or whose LayerNorm epsilon is far from DistilBERT's.
 
     Example:
         >>> student = student_from_teacher(teacher, label_arguments(["bad", "good"]), layers=3, architecture="same")
     """
+    if is_peft_model(teacher):
+        raise ValueError("from_teacher needs a model without adapters: hand over teacher.merge_and_unload()")
     config = teacher.config
     if architecture not in ("distilbert", "same"):
         raise ValueError(f"from_teacher.architecture must be distilbert or same, got {architecture!r}")
@@ -99,15 +103,17 @@ def student_from_teacher(
 
     student_config = _student_config(config, chosen, sizes, renamed, settings)
     prefix = f"{teacher.base_model_prefix}."
-    state = {prefix + key: tensor for key, tensor in teacher.base_model.state_dict().items()}
+    # In float32 before anything is added up: of a teacher in half precision no sum is rounded twice.
+    state = {prefix + key: tensor.float() for key, tensor in teacher.base_model.state_dict().items()}
     state = _blocks_renumbered(state, chosen, config)
     if head == "auto":
-        state |= head_state(teacher, student_config)
+        state |= {key: tensor.float() for key, tensor in head_state(teacher, student_config).items()}
     if sizes != own_sizes:
         state = cut(state, config.model_type, own_sizes, sizes, layers)
     if renamed:
         state = _distilbert_state(state, layers)
-    student = AutoModelForSequenceClassification.from_config(student_config)
+    with said_in_one_line("overrides: no student can be made with them"):
+        student = AutoModelForSequenceClassification.from_config(student_config)
     copied = _load(student, state, config.model_type, settings)
     say(_line(config, student.config, chosen, copied, None if sizes == own_sizes else sizes))
     return student
@@ -119,8 +125,8 @@ def select_layers(select: str | Sequence[int], layers: int, teacher_depth: int) 
     Raises:
         ValueError: a number out of range, or an unknown choice.
     """
-    if not 1 <= layers <= teacher_depth:
-        raise ValueError(f"from_teacher.layers must be in 1..{teacher_depth} (the teacher's depth), got {layers}")
+    if not isinstance(layers, int) or not 1 <= layers <= teacher_depth:
+        raise ValueError(f"from_teacher.layers must be in 1..{teacher_depth} (the teacher's depth), got {layers!r}")
     if select == "last":
         return list(range(teacher_depth - layers + 1, teacher_depth + 1))
     if isinstance(select, str):
@@ -128,7 +134,9 @@ def select_layers(select: str | Sequence[int], layers: int, teacher_depth: int) 
             raise ValueError(f"from_teacher.select must be uniform, first, last or a list, got {select!r}")
         return [t for _, t in map_layers(select, layers, teacher_depth)]
     if len(select) != layers or not all(1 <= block <= teacher_depth for block in select):
-        raise ValueError(f"from_teacher.select must name {layers} blocks in 1..{teacher_depth}, got {list(select)}")
+        raise ValueError(
+            f"from_teacher.select must name {layers} blocks in 1..{teacher_depth}, counted from 1, got {list(select)}"
+        )
     return list(select)
 
 

@@ -45,6 +45,20 @@ def test_each_loss_says_its_formula_source_shapes_refusals_and_an_example(name):
     assert isinstance(loss, LOSSES[name])
 
 
+def test_the_students_of_the_page_can_be_built(tmp_path):
+    from helpers import make_student, make_teacher
+
+    text = (ROOT / "docs" / "students.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    make_student().save_pretrained(tmp_path)
+    shown = code.replace('"distilbert-base-uncased"', repr(str(tmp_path)))
+    assert shown != code
+    namespace = {"teacher": make_teacher()}
+    exec(shown, namespace)
+    assert [namespace["student"].config.id2label[i] for i in range(2)] == ["negative", "positive"]
+    assert shown.count("student = build_student(labels") == 3
+
+
 def test_the_layers_shown_are_those_that_are_mapped():
     text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\| `(\w+)`[^|]*\| ((?:\d→\d+(?:, )?)+) \|$", text, flags=re.MULTILINE)

@@ -229,6 +229,9 @@ def test_a_frozen_half_precision_teacher_on_capturing_attention_gives_a_plain_fl
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert student.config._attn_implementation == "sdpa"
     assert all(parameter.requires_grad for parameter in student.parameters())
+    # What is added up on the way (positions, the head) is not rounded to the teacher's precision.
+    same = build_student(LABELS, from_teacher={"layers": 2, "architecture": architecture}, teacher=teacher.float())
+    assert all(torch.equal(tensor, parameters_of(same)[name]) for name, tensor in parameters_of(student).items())
 
 
 @pytest.mark.parametrize("architecture", ["distilbert", "same"])
@@ -265,8 +268,9 @@ def test_reloading_gives_the_same_logits(architecture, tmp_path):
         ({"layers": 0}, r"from_teacher.layers must be in 1\.\.4 \(the teacher's depth\), got 0"),
         ({"layers": 5}, r"must be in 1\.\.4 .* got 5"),
         ({"layers": 2, "select": "middle"}, "select must be uniform, first, last or a list, got 'middle'"),
-        ({"layers": 2, "select": [1]}, r"must name 2 blocks in 1\.\.4, got \[1\]"),
-        ({"layers": 2, "select": [0, 4]}, r"must name 2 blocks in 1\.\.4, got \[0, 4\]"),
+        ({"layers": "2"}, r"must be in 1\.\.4 .* got '2'"),
+        ({"layers": 2, "select": [1]}, r"must name 2 blocks in 1\.\.4, counted from 1, got \[1\]"),
+        ({"layers": 2, "select": [0, 4]}, r"must name 2 blocks in 1\.\.4, counted from 1, got \[0, 4\]"),
         ({"layers": 2, "architecture": "tiny"}, "from_teacher.architecture must be distilbert or same, got 'tiny'"),
         ({"layers": 2, "head": "copied"}, "from_teacher.head must be auto or random, got 'copied'"),
     ],
@@ -274,6 +278,51 @@ def test_reloading_gives_the_same_logits(architecture, tmp_path):
 def test_from_teacher_refuses_what_does_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
         build_student(LABELS, from_teacher=settings, teacher=make_bert())
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "same"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"pad_token_id": 5000}, "^overrides: no student can be made with them: AssertionError: Padding_idx"),
+        ({"num_labels": 5}, "^overrides.num_labels: the labels are those of the data: leave it out$"),
+        ({"id2label": {0: "a"}}, "^overrides.id2label: the labels are those of the data"),
+        ({"label2id": {"a": 0}}, "^overrides.label2id: the labels are those of the data"),
+    ],
+)
+def test_overrides_that_no_model_can_be_made_of(overrides, message, architecture):
+    recipe = {"layers": 2, "architecture": architecture}
+    with pytest.raises(ValueError, match=message):
+        build_student(LABELS, from_teacher=recipe, teacher=make_bert(), overrides=overrides)
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "same"])
+def test_an_activation_that_there_is_not(architecture):
+    name = "activation" if architecture == "distilbert" else "hidden_act"
+    with pytest.raises(ValueError, match="^overrides: no student can be made with them: KeyError: .*gelu2"):
+        build_student(
+            LABELS,
+            from_teacher={"layers": 2, "architecture": architecture},
+            teacher=make_bert(),
+            overrides={name: "gelu2"},
+        )
+
+
+@pytest.mark.parametrize("name", ["num_labels", "id2label", "label2id"])
+def test_a_config_from_scratch_does_not_name_the_labels(name):
+    config = {"model_type": "distilbert", "dim": 32, "n_heads": 4, name: 5}
+    with pytest.raises(ValueError, match=f"^config.{name}: the labels are those of the data: leave it out$"):
+        build_student(LABELS, config=config)
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "same"])
+def test_a_teacher_with_adapters_is_to_be_merged_first(architecture):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(make_bert(), peft.LoraConfig(task_type="SEQ_CLS", r=2))
+    recipe = {"layers": 2, "architecture": architecture}
+    with pytest.raises(ValueError, match=r"^from_teacher needs a model without adapters: .*merge_and_unload\(\)"):
+        build_student(LABELS, from_teacher=recipe, teacher=adapted)
+    assert build_student(LABELS, from_teacher=recipe, teacher=adapted.merge_and_unload()) is not None
 
 
 def test_from_teacher_needs_a_teacher_of_a_known_kind():

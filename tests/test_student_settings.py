@@ -72,6 +72,16 @@ def test_finetuned_weights_are_those_of_the_teacher_after_its_training(experimen
     assert [student.config.id2label[i] for i in range(2)] == list(BINARY)
 
 
+@pytest.mark.parametrize(("finetune", "copied"), [("auto", True), ("always", False)])
+def test_a_teacher_that_is_finished_hands_its_head_over(experiment, trained, finetune, copied):
+    materials = materials_of(experiment(), teacher__model=str(trained), teacher__finetune=finetune)
+    lines = []
+    student = materials.new_student(say=lines.append)
+    teacher = BertForSequenceClassification.from_pretrained(trained)
+    assert torch.equal(student.classifier.weight, teacher.classifier.weight[[1, 0]]) == copied
+    assert lines[0].endswith("head copied" if copied else "head random")
+
+
 def test_a_finetuned_teacher_without_its_head(experiment, trained):
     materials = materials_of(
         experiment(), student__from_teacher__weights="finetuned", student__from_teacher__head="random"

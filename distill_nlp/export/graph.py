@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill_nlp.data_files import first_line
-from distill_nlp.errors import DistillError
+from distill_nlp.errors import DistillError, first_line
 from distill_nlp.modeling import accepted_arguments
 
 # A protobuf message, which a file in ONNX is, ends at 2 GB.

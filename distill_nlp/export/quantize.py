@@ -10,8 +10,7 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-from distill_nlp.data_files import first_line
-from distill_nlp.errors import DistillError
+from distill_nlp.errors import DistillError, first_line
 from distill_nlp.export.graph import quiet
 
 # Linear layers and embeddings. Sums, norms and softmax in 8 bits cost accuracy (0.852 → 0.776 of a 3-layer student on
