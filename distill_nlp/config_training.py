@@ -193,6 +193,8 @@ def laid_over(
     left_out = set(without)
     if "per_device_train_batch_size" in own:
         left_out.add("auto_batch_size")
+    if own.get("auto_batch_size"):
+        left_out.add("per_device_train_batch_size")
     if own.get("bf16") or own.get("fp16"):
         left_out |= {"bf16", "fp16"}
     # What has nothing to go by in this training is not for it.

@@ -326,6 +326,15 @@ def test_an_interruption_ends_the_sweep_and_the_same_call_goes_on(sweep, tmp_pat
     assert states(run_sweep(path)) == ["finished"] * 2
 
 
+def test_the_students_learning_rate_is_tried_on_one_teacher(sweep, tmp_path):
+    said: list[str] = []
+    result = run_sweep(sweep(space={"training.learning_rate": [1e-4, 1e-3]}, sampler="grid", trials=2), say=said.append)
+    assert states(result) == ["finished"] * 2
+    assert {found["teacher"] for found in result["trials"]} == {"base"}
+    assert not (tmp_path / "sweep" / "teachers").exists()
+    assert not any("change the teacher" in line for line in said)
+
+
 def test_a_trial_with_another_teacher_says_so_and_shares_it_with_its_like(sweep, tmp_path):
     said: list[str] = []
     space = {"data.max_length": [16, 12], "losses.kl.temperature": [1, 2]}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from distill_nlp.config_file import load_experiment
 from distill_nlp.errors import UsageError
 from distill_nlp.sweep import Sweep, load_sweep, run_sweep
+from distill_nlp.sweep.command import run_command
 from distill_nlp.sweep.space import Space
+from distill_nlp.training_settings import effective
 
 TEMPERATURE = {"losses.kl.temperature": {"low": 1, "high": 8, "log": True}}
 
@@ -192,3 +196,61 @@ def test_without_a_split_for_validation_the_rows_of_train_stand_in_for_test(swee
 def test_the_metric_is_the_sweeps_or_the_experiments_unless_that_is_a_loss(sweep, tmp_path, own, metric, expected):
     plan = load_sweep(sweep(metric=metric, overrides={"training.metric_for_best_model": own}))
     assert plan.metric(plan.experiment({}, tmp_path)) == expected
+
+
+# ---- the teacher, which trials of the student's training share ----
+
+TRIED = {
+    "training.learning_rate": [1e-4, 3e-4],
+    "training.max_steps": [3, 5],
+    "training.per_device_train_batch_size": [4, 8, "auto"],
+    "training.weight_decay": [0.0, 0.1],
+}
+
+
+def trained_as(experiment):
+    return effective(experiment.teacher_training(), of_student=False)
+
+
+@pytest.mark.parametrize("own", [8, "auto"])
+def test_what_is_tried_of_the_students_training_leaves_the_teacher_as_it_is(sweep, tmp_path, own):
+    path = sweep(space=TRIED, overrides={"teacher.training.learning_rate": 2e-4})
+    config = tmp_path / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    settings["training"]["per_device_train_batch_size"] = own
+    config.write_text(yaml.safe_dump(settings))
+    plan, space = load_sweep(path), Space(TRIED)
+    alone = trained_as(load_experiment(config, plan.sweep.overrides))
+    points = [space.settings(point) for point in space.grid(0)]
+    assert len(points) == 24
+    for point in points:
+        trial = plan.experiment(point, tmp_path)
+        assert trained_as(trial) == alone
+        assert trial.training.learning_rate == point["training.learning_rate"]
+        # And so the command at the end of the sweep has the same teacher.
+        words = shlex.split(run_command(plan, point, tmp_path))[3:]
+        given = {name.removeprefix("--"): yaml.safe_load(v) for name, v in zip(words[::2], words[1::2], strict=True)}
+        assert trained_as(load_experiment(config, given)) == alone
+
+
+def test_what_is_tried_of_the_teachers_training_reaches_it(sweep, tmp_path):
+    space = {"training.weight_decay": [0.0, 0.1], "teacher.training.weight_decay": [0.2, 0.3]}
+    plan = load_sweep(sweep(space=space))
+    found = plan.experiment({"training.weight_decay": 0.1, "teacher.training.weight_decay": 0.3}, tmp_path)
+    assert (found.training.weight_decay, found.teacher_training().weight_decay) == (0.1, 0.3)
+
+
+def test_a_whole_block_that_is_tried_leaves_the_teacher_as_it_is(sweep, tmp_path):
+    blocks = [{"max_steps": 3, "learning_rate": 1e-4}, {"max_steps": 4}]
+    plan = load_sweep(sweep(space={"training": blocks}))
+    alone = trained_as(load_experiment(plan.config))
+    assert [trained_as(plan.experiment({"training": block}, tmp_path)) == alone for block in blocks] == [True, True]
+
+
+def test_an_experiment_that_needs_the_trials_settings_has_nothing_to_keep(sweep, tmp_path):
+    path = sweep(space={"training.eval_steps": [1, 2]})
+    config = tmp_path / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    del settings["training"]["eval_steps"]
+    config.write_text(yaml.safe_dump(settings))
+    assert load_sweep(path).experiment({"training.eval_steps": 2}, tmp_path).training.eval_steps == 2

@@ -163,7 +163,8 @@ class Bench:
         jobs = [(name, "baseline", seed) for seed in seeds for name in BASELINES]
         sharing = self._sharing()
         first = [recipe for recipe in self.recipes if recipe not in sharing]
-        jobs += [(recipe, "student", seed) for seed in self.options.seeds for recipe in first]
+        # Recipe by recipe: what a killed run leaves behind is whole rows of the table.
+        jobs += [(recipe, "student", seed) for recipe in first for seed in self.options.seeds]
         # Of a recipe that is not what it was; what is shared now is linked when it is there.
         for path in (self._first_phase(recipe, seed) for recipe in self.recipes for seed in self.options.seeds):
             if path.is_symlink():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from pydantic import (
 
 from distill_nlp.config import Experiment, Section, did_you_mean
 from distill_nlp.config_file import load_experiment, read_settings
-from distill_nlp.config_training import METRICS, task_metric
+from distill_nlp.config_training import METRICS, TrainingSection, task_metric
 from distill_nlp.data import read_problem_type
 from distill_nlp.data_streams import streamed_problem_type
 from distill_nlp.errors import UsageError
@@ -125,8 +126,40 @@ class SweepPlan:
         return Path(self.sweep.output_dir).expanduser()
 
     def changes(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What a trial's settings change in the experiment's YAML, by dotted name."""
-        return {**self.sweep.overrides, **settings}
+        """What a trial's settings change in the experiment's YAML, by dotted name.
+
+        What is tried of `training` is the student's: its teacher keeps what the experiment has without the trial, or each
+        trial would have to train one, and would compare teachers and students at once.
+        """
+        changes = {**self.sweep.overrides, **settings}
+        return changes | self._of_the_teacher(changes)
+
+    @cached_property
+    def _teacher_training(self) -> TrainingSection | None:
+        """How the teacher is trained without any trial's settings; None where the experiment needs those."""
+        try:
+            return load_experiment(
+                self.config, self.sweep.overrides | {"output_dir": str(self.root)}
+            ).teacher_training()
+        except UsageError:
+            return None
+
+    def _of_the_teacher(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of the teacher's training that give back what `changes` take from it."""
+        swept = [name for name in self.sweep.space if _overlap(name, "training")]
+        if not swept or self._teacher_training is None:
+            return {}
+        own = self._teacher_training
+        found = load_experiment(self.config, dict(changes) | {"output_dir": str(self.root)}).teacher_training()
+        before, after = own.model_dump(), found.model_dump()
+        names = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        if own.auto_batch_size and names & {"auto_batch_size", "per_device_train_batch_size"}:
+            before["per_device_train_batch_size"] = "auto"
+            names.add("per_device_train_batch_size")
+        # The precision that is measured cannot be named beside another one.
+        names -= {"auto_batch_size"} | ({"bf16", "fp16"} - own.model_fields_set)
+        kept = {f"teacher.training.{name}": before[name] for name in sorted(names & before.keys())}
+        return {name: value for name, value in kept.items() if not any(_overlap(name, s) for s in self.sweep.space)}
 
     def experiment(self, settings: Mapping[str, Any], output_dir: Path, cache_dir: Path | None = None) -> Experiment:
         """The experiment of a trial: its settings over the base, one seed, and no test rows.
