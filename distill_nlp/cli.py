@@ -90,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     run.add_argument("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
-    run.add_argument("--dry-run", action="store_true", help="only two steps of each stage, of which nothing is kept")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only two steps of each stage, of which nothing is kept; there is no report of them",
+    )
     run.add_argument("--no-doctor", action="store_true", help="do not look first for what can be known to be wrong")
     add_settings(run)
     run.set_defaults(function=_run)
@@ -177,7 +181,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     stages = _stages(known.stages)
     pipeline = _pipeline(known, rest)
     if known.dry_run:
-        pipeline.rehearse()
+        pipeline.rehearse(stages)
         return 0
     report = pipeline.run(stages, doctor=not known.no_doctor)
     if report is not None:

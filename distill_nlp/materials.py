@@ -22,6 +22,7 @@ from distill_nlp.loading import load_backbone, load_classifier, load_tokenizer
 from distill_nlp.losses import LOSSES, DistillationLoss, ModelShape
 from distill_nlp.losses.cross_entropy import BALANCED, balanced_class_weights
 from distill_nlp.objective import DistillationObjective
+from distill_nlp.parameter_groups import check_parts
 from distill_nlp.stages import Fingerprint
 from distill_nlp.student import build_student
 from distill_nlp.teacher_cache import PRECISIONS
@@ -251,6 +252,7 @@ class Materials:
         try:
             check_embeddings(self.tokenizer, student.config, "the student")
             objective.bind(ModelShape.from_config(student.config), ModelShape.from_config(teacher))
+            check_parts(student, self.experiment.training, objective.reads_answers)
         except ValueError as error:
             raise UsageError(str(error)) from None
         self._check_layers_can_be_read(objective)

@@ -101,6 +101,11 @@ class DistillationObjective(nn.Module):
         """Names of the losses that read layers of the two models."""
         return [name for name, loss in self.losses.items() if loss.hidden_state_pairs or loss.attention_pairs]
 
+    @property
+    def reads_answers(self) -> bool:
+        """Whether a loss reads the logits, without which the student's head does not learn."""
+        return len(self.reads_layers()) < len(self.losses)
+
     def token_level(self) -> list[str]:
         """Names of the losses that compare the two models token by token."""
         return [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,6 +92,30 @@ def scale_by_layer(optimizer: torch.optim.Optimizer, factors: dict[nn.Parameter,
             optimizer.add_param_group(rules | {"lr": rules["lr"] * factor, "params": by_factor[factor]})
 
 
+def check_parts(student: nn.Module, settings: Any, reads_answers: bool) -> None:
+    """Refuses parts that the student does not have, and a student of which nothing would learn, before it is trained.
+
+    Args:
+        student: of the training.
+        settings: with `freeze`, `unfreeze_every` and `layer_learning_rate_decay`.
+        reads_answers: whether a loss reads the logits: else the head does not learn.
+
+    Raises:
+        ValueError: with the setting.
+    """
+    if settings.layer_learning_rate_decay != 1:
+        layer_factors(student, settings.layer_learning_rate_decay)
+    if not settings.freeze:
+        return
+    frozen = Freezing(student, settings.freeze, settings.unfreeze_every).for_good
+    body = _body_prefix(student)
+    learning = {name for name, parameter in student.named_parameters() if parameter.requires_grad} - frozen
+    if body and not reads_answers and not any(name.startswith(body) for name in learning):
+        raise ValueError(
+            f"freeze: {', '.join(settings.freeze)} leaves the head alone to learn, and no loss reads the answers"
+        )
+
+
 class Freezing:
     """Parts of a student that do not learn: for good, or until their turn comes, from the top down (ULMFiT).
 
@@ -133,6 +158,11 @@ class Freezing:
         # What lies above the blocks alone (a pooler) is no step on the way down.
         self._turns = sorted({min(levels[name], depth) for name in self._parameters}, reverse=True)
         self._turn_of = {name: self._turns.index(min(levels[name], depth)) for name in self._parameters}
+
+    @property
+    def for_good(self) -> set[str]:
+        """Names of the parameters that never learn."""
+        return set(self._parameters) if self.every is None else set()
 
     def begin(self) -> None:
         """Before the optimizer is made: takes the gradient from what is frozen for good."""

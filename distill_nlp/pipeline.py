@@ -116,8 +116,11 @@ class Pipeline:
             return None
         return ReportStage(self.runner, self.prints, self.teachers).make()
 
-    def rehearse(self) -> None:
-        """Two steps of every stage for the first seed, to see whether they go through; nothing is kept of them.
+    def rehearse(self, stages: Sequence[str] = STAGES) -> None:
+        """Two steps of the stages named for the first seed, to see whether they go through; nothing is kept of them.
+
+        Args:
+            stages: names; a report is not tried.
 
         Raises:
             UsageError: data, models and settings do not fit each other.
@@ -127,8 +130,9 @@ class Pipeline:
         self._check_materials()
         self.settle()
         self.students.check()
-        self.teachers.rehearse()
-        self.students.rehearse(self.experiment.seeds[0])
+        if "teacher" in stages:
+            self.teachers.rehearse()
+        self.students.rehearse(self.experiment.seeds[0], stages)
 
     def examine(self) -> list[Finding]:
         """What the doctor finds, with all checks that pass; the same on all ranks."""

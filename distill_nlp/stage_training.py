@@ -30,7 +30,7 @@ from distill_nlp.progress import StageProgress
 from distill_nlp.rehearsal import passing_folder, rehearsal
 from distill_nlp.resumable import CheckpointNotWritten
 from distill_nlp.schedules import Setting
-from distill_nlp.stages import Fingerprint, StageFolder
+from distill_nlp.stages import TRACKER_FOLDER, Fingerprint, StageFolder
 from distill_nlp.teacher import CachedTeacher, Teacher
 from distill_nlp.terms import FormulaPrinter
 from distill_nlp.trackers import run_name, run_of_its_own
@@ -114,8 +114,8 @@ class TrainingJob:
         if state.is_main_process:
             write_json(self.folder.result / "training_log.json", {"log": trainer.state.log_history})
             # TensorBoard's files, which would go with the checkpoints.
-            if (self.folder.checkpoints / "runs").is_dir():
-                (self.folder.checkpoints / "runs").rename(self.folder.result / "runs")
+            if (self.folder.checkpoints / TRACKER_FOLDER).is_dir():
+                (self.folder.checkpoints / TRACKER_FOLDER).rename(self.folder.result / TRACKER_FOLDER)
             self.folder.finish(
                 {
                     "stage": self.name,
@@ -123,7 +123,7 @@ class TrainingJob:
                     "objective": trainer.objective.formula(),
                     "steps": trainer.state.global_step,
                     "stopped_early": {"step": trainer.state.global_step, "why": reason} if reason else None,
-                    "best_step": trainer.state.best_global_step,
+                    "best_step": trainer.state.best_global_step if self.arguments.load_best_model_at_end else None,
                     "nonfinite_steps": trainer.nonfinite.skipped,
                     "seconds": round(seconds, 1),
                     "energy": meter.record,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
-from distill_nlp.config import Experiment
+from distill_nlp.config import STAGES, Experiment
 from distill_nlp.errors import UsageError
 from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.loading import load_classifier
@@ -149,11 +150,12 @@ class StudentStages:
                 model = load_classifier(str(folders[i - 1].path)) if i else None
                 self._phase_job(i, seed, name, folder, fingerprint, model).run(self.runner.tell)
 
-    def rehearse(self, seed: int) -> None:
+    def rehearse(self, seed: int, stages: Sequence[str] = STAGES) -> None:
         """Two steps of the baseline and of each phase of the student, the teacher live; nothing is kept of them."""
-        folder = StageFolder(self.runner.root / "baseline" / f"seed-{seed}")
-        self._baseline_job(seed, f"baseline, seed {seed}", folder, dry=True).rehearse(self.runner.tell)
-        for i, path in enumerate(self._folders(seed)):
+        if "baseline" in stages:
+            folder = StageFolder(self.runner.root / "baseline" / f"seed-{seed}")
+            self._baseline_job(seed, f"baseline, seed {seed}", folder, dry=True).rehearse(self.runner.tell)
+        for i, path in enumerate(self._folders(seed) if "student" in stages else ()):
             name = f"student {seed}, phase {i + 1}" if self.experiment.phases else f"student, seed {seed}"
             self._phase_job(i, seed, name, StageFolder(path), {}, dry=True).rehearse(self.runner.tell)
 
@@ -174,14 +176,16 @@ class StudentStages:
     ) -> TrainingJob:
         """The training of a phase, from `model`, or from a student as the baseline starts."""
         experiment, materials, teachers = self._phases[index]
+        # The head learns later, so that validation scores are noise until then.
+        keeps_last = index < len(self._phases) - 1 and not materials.objective.reads_answers
         # The same seed at the same point as in the baseline's stage: both start from the same weights.
         set_seed(seed)
         model = self._new_student(name, dry) if model is None else model
-        arguments = training_arguments(experiment.training, folder.checkpoints, seed, self._task)
+        arguments = training_arguments(experiment.training, folder.checkpoints, seed, self._task, keeps_last)
         if experiment.data.unlabeled is not None and experiment.data.unlabeled_min_confidence is not None:
             # A gate leaves fewer rows, and the baseline does not know how many.
             section = same_budget(experiment.training, arguments, self._rows)
-            arguments = training_arguments(section, folder.checkpoints, seed, self._task)
+            arguments = training_arguments(section, folder.checkpoints, seed, self._task, keeps_last)
         return self.runner.job(
             name,
             folder,

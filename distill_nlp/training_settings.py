@@ -23,17 +23,28 @@ _COSMETIC = {
     "dataloader_num_workers",
     "dataloader_pin_memory",
     "disable_tqdm",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "logging_dir",
     "logging_first_step",
+    "logging_nan_inf_filter",
     "logging_steps",
+    "logging_strategy",
     # What they change is named in the result; and a training that met NaN must go on with the other policy.
     "max_nonfinite_steps",
     "on_nonfinite",
     "per_device_eval_batch_size",
     # What comes of it stands in bf16 and fp16.
     "precision",
+    # Of a tracker.
+    "project",
     "report_to",
     "run_name",
     "save_total_limit",
+    "trackio_bucket_id",
+    "trackio_space_id",
+    "trackio_static_space_id",
 }
 
 # Settings that mean something only where there are projections, or terms to weigh: in the distilled student.
@@ -57,9 +68,20 @@ _NEW = {
 
 
 def training_arguments(
-    section: TrainingSection, output_dir: Path, seed: int, problem_type: str = SINGLE_LABEL
+    section: TrainingSection,
+    output_dir: Path,
+    seed: int,
+    problem_type: str = SINGLE_LABEL,
+    keeps_last: bool = False,
 ) -> DistillationArguments:
     """The Trainer's arguments for these settings and this kind of task.
+
+    Args:
+        section: the settings.
+        output_dir: for checkpoints.
+        seed: of the training.
+        problem_type: of the data, which decides the metric.
+        keeps_last: the result is what the last step leaves, whatever validation says, and nothing stops it early.
 
     Raises:
         ValueError: settings that contradict each other, or that this machine cannot serve.
@@ -74,6 +96,8 @@ def training_arguments(
     # bf16 without an accelerator is refused by TrainingArguments unless the CPU is asked for by name.
     values["use_cpu"] = values["use_cpu"] or not torch.accelerator.is_available()
     strategy = values["eval_strategy"]
+    if keeps_last:
+        values["early_stopping_patience"] = None
     # The arguments know no fp32 that is asked for: they would take the launcher's precision.
     with patch_environment(ACCELERATE_MIXED_PRECISION=mixed_precision(section)):
         return DistillationArguments(
@@ -87,7 +111,7 @@ def training_arguments(
                 "seed": seed,
                 "save_strategy": strategy,
                 "save_steps": values["eval_steps"] or 500,
-                "load_best_model_at_end": strategy != "no",
+                "load_best_model_at_end": strategy != "no" and not keeps_last,
                 "greater_is_better": values["metric_for_best_model"] != "loss",
             }
         )

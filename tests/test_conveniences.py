@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -518,6 +519,12 @@ def test_a_trackers_files_are_kept_with_the_result(tmp_path):
     job = make_job(tmp_path, [Files()], max_steps=1)
     job.run(lambda line: None)
     assert (job.folder.path / "runs" / "now" / "events").read_text() == str(job.folder.path)
+    # They are not what the result is made of: without them it is as whole as before.
+    shutil.rmtree(job.folder.path / "runs")
+    assert job.folder.record()["steps"] == 1
+    (job.folder.path / "config.json").unlink()
+    with pytest.raises(DistillError, match=r"config.json is missing"):
+        job.folder.record()
 
 
 def test_a_stage_refuses_unknown_parts(tmp_path):

@@ -202,6 +202,9 @@ def test_the_cache_is_filled_ahead_and_a_dry_run_takes_two_steps(several, capsys
     config = str(several(**LOGITS_ONLY, data__unlabeled="pool"))
     assert main(["run", config, "--dry-run"]) == 0
     assert capsys.readouterr().err.count("dry run: 2 steps") == 3
+    for stage, tried in (("student", 1), ("teacher,baseline", 2)):
+        assert main(["run", config, "--dry-run", "--stages", stage]) == 0
+        assert capsys.readouterr().err.count("dry run: 2 steps") == tried
     assert main(["run", config, "--stages", "teacher"]) == 0
     assert main(["cache", config]) == 0
     assert "68 rows, 0.0% there, 68 computed" in capsys.readouterr().err

@@ -52,6 +52,29 @@ def test_a_phase_starts_from_what_the_one_before_it_left(experiment, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("losses", [{"hidden": {}}, {"hidden": {}, "kl": {}}])
+def test_a_phase_whose_head_does_not_learn_keeps_its_last_step(experiment, tmp_path, capsys, losses):
+    """By accuracy, which a head that is not trained has by chance, it would keep an early one, or stop."""
+    first = {"losses": losses, "training": {"max_steps": 6, "learning_rate": 0.001}}
+    ends = {}
+    for strategy, every in (("steps", {"eval_steps": 1}), ("no", {})):
+        phases = [first | {"training": first["training"] | {"eval_strategy": strategy} | every}, TWO[1]]
+        # Without dropout: an evaluation draws numbers too.
+        changes = {"student__overrides": {"dropout": 0.0}, "output_dir": str(tmp_path / strategy)}
+        config = str(experiment(phases=phases, **changes))
+        assert main(["run", config, *STAGES, "--training.early_stopping_patience", "1"]) == 0
+        folder = tmp_path / strategy / "student" / "seed-0-phase-1"
+        ends[strategy] = load_file(folder / "model.safetensors"), record_of(folder)
+    weights, record = ends["steps"]
+    last, _ = ends["no"]
+    if "kl" in losses:
+        assert record["best_step"] is not None
+        return
+    assert (record["steps"], record["best_step"], record["stopped_early"]) == (6, None, None)
+    assert all(torch.equal(weights[name], last[name]) for name in last)
+    assert record_of(tmp_path / "steps" / "student" / "seed-0")["best_step"] is not None
+
+
 def test_parts_are_frozen_in_the_phases_that_say_so(experiment, tmp_path):
     phases = [TWO[0] | {"training": TWO[0]["training"] | {"freeze": ["embeddings", "layer.1"]}}, TWO[1]]
     config = str(experiment(phases=phases))
@@ -120,6 +143,12 @@ def test_a_phase_without_losses_has_the_experiments_and_the_cache_is_filled_for_
         ({"phases": [{"lossess": {}}]}, "phases.0.lossess: unknown setting"),
         ({"phases": [{"training": {"learning_rate": -1}}]}, "phases.0.training.learning_rate"),
         ({"phases": [TWO[1], {"losses": {"hidden": {"layers": [[9, 9]]}}}]}, "layers"),
+        ({"phases": [TWO[0], TWO[1] | {"training": {"freeze": ["layer.9"]}}]}, "freeze: 'layer.9' is no part"),
+        ({"training__freeze": ["layer.9"]}, "freeze: 'layer.9' is no part"),
+        (
+            {"phases": [TWO[0] | {"training": {"freeze": ["body"]}}, TWO[1]]},
+            "freeze: body leaves the head alone to learn, and no loss reads the answers",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_phase_is_said_before_anything_is_trained(experiment, tmp_path, capsys, changes, message):

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+from distill_nlp.arguments import DistillationArguments
 from distill_nlp.cli import main
 from distill_nlp.config import TrainingSection
 from distill_nlp.config_file import load_experiment
@@ -44,6 +45,17 @@ def test_what_freezes_slows_or_stops_counts_in_every_training_where_it_is_not_at
     assert not NEW.keys() & effective(TrainingSection(), of_student).keys()
     assert NEW.items() <= effective(TrainingSection(**NEW), of_student).items()
     assert "freeze" not in effective(TrainingSection(freeze=[]), of_student)
+
+
+LOGGING = ("log_level", "log_on", "logging_", "project", "report_to", "run_name", "trackio_")
+
+
+def test_how_a_training_is_logged_changes_no_result():
+    known = DistillationArguments.__dataclass_fields__
+    names = {name for name in known if name.startswith(LOGGING) and not name.startswith("projection")}
+    assert len(names) >= 12
+    section = TrainingSection(**{name: known[name].default for name in names - set(TrainingSection.model_fields)})
+    assert effective(section, True) == effective(TrainingSection(), True)
 
 
 def test_a_threshold_of_no_early_stopping_changes_no_result():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ from test_sweep_plan import write_sweep
 from distill_nlp import settling
 from distill_nlp.cli import main
 from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.resumable import CheckpointNotWritten
 from distill_nlp.sweep import load_sweep, measure, run_sweep, study, trial
 from distill_nlp.sweep.runner import check
 from distill_nlp.sweep.space import Space
@@ -293,6 +295,64 @@ def test_out_of_memory_fails_one_trial(sweep, monkeypatch):
     result = run_sweep(sweep(trials=2))
     assert states(result) == ["failed", "finished"]
     assert result["trials"][0]["reason"] == "OutOfMemoryError: CUDA out of memory"
+
+
+def refuse_once(monkeypatch, errors):
+    """The students' stage raises these, one at a call, and then works."""
+    step = trial.Pipeline.run.__globals__["StudentStages"].student
+
+    def student(self, seed):
+        if errors:
+            raise errors.pop()
+        return step(self, seed)
+
+    monkeypatch.setattr("distill_nlp.student_stages.StudentStages.student", student)
+
+
+def wrapped(error):
+    """As the stages hand over what a library raised."""
+    outer = DistillError("student, seed 0: a checkpoint could not be written")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        wrapped(CheckpointNotWritten("checkpoint-2 could not be written")),
+        wrapped(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    ],
+    ids=["full disk", "checkpoint", "quota", "device"],
+)
+def test_what_is_wrong_with_the_machine_uses_up_no_trial(sweep, monkeypatch, error):
+    path = sweep(space={"losses.kl.temperature": [1, 2]}, sampler="grid", trials=2)
+    errors = [error]
+    refuse_once(monkeypatch, errors)
+    with pytest.raises(type(error)):
+        run_sweep(path)
+    result = run_sweep(path)
+    assert states(result) == ["finished"] * 2
+    assert {found["settings"]["losses.kl.temperature"] for found in result["trials"]} == {1, 2}
+
+
+def test_a_disk_that_is_full_many_times_uses_up_no_trial_either(sweep, monkeypatch):
+    path = sweep(trials=1)
+    refuse_once(monkeypatch, [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) for _ in range(5)])
+    for _ in range(5):
+        with pytest.raises(OSError, match="No space left"):
+            run_sweep(path)
+    assert states(run_sweep(path)) == ["finished"]
+
+
+def test_settings_that_break_the_device_each_time_fail(sweep, monkeypatch):
+    path = sweep(trials=2)
+    refuse_once(monkeypatch, [torch.AcceleratorError("CUDA error") for _ in range(study.MOST_ATTEMPTS)])
+    for _ in range(study.MOST_ATTEMPTS):
+        with pytest.raises(torch.AcceleratorError):
+            run_sweep(path)
+    assert states(run_sweep(path)) == ["failed", "finished"]
 
 
 def test_where_all_trials_fail_the_first_reason_is_the_error(sweep, monkeypatch, tmp_path):

@@ -128,8 +128,8 @@ class SweepPlan:
     def changes(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What a trial's settings change in the experiment's YAML, by dotted name.
 
-        What is tried of `training` is the student's: its teacher keeps what the experiment has without the trial, or each
-        trial would have to train one, and would compare teachers and students at once.
+        What is tried of `training` is the student's: the teacher keeps what the experiment has without the trial, or
+        each trial would have to train one, and would compare teachers and students at once.
         """
         changes = {**self.sweep.overrides, **settings}
         return changes | self._of_the_teacher(changes)

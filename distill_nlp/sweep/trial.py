@@ -15,12 +15,15 @@ from typing import Any
 
 import optuna
 import safetensors
+import torch
 from optuna.trial import TrialState
 from transformers import TrainerCallback
 
 from distill_nlp.config import Experiment
+from distill_nlp.durable_files import storage_problem
 from distill_nlp.errors import DistillError
 from distill_nlp.pipeline import Pipeline
+from distill_nlp.resumable import CheckpointNotWritten
 from distill_nlp.stage_training import Say
 from distill_nlp.stages import StageFolder
 from distill_nlp.sweep.plan import SweepPlan
@@ -132,7 +135,9 @@ def prepare_base(plan: SweepPlan, study: SweepStudy, settings: dict[str, Any], s
 def run_trial(plan: SweepPlan, study: SweepStudy, claim: Claim, base: TeacherHome, say: Say) -> str:
     """Trains the student of a claim and writes down how it went; gives a line on it.
 
-    Whatever goes wrong is the trial's end, not the sweep's, but for an interruption.
+    What goes wrong is the trial's end and not the sweep's, but for an interruption, and for what is wrong with the
+    machine: a disk that is full, a device that takes no more work. There the next trial would end alike, so this one
+    is left to be gone on with.
     """
     folder = trial_folder(plan, claim.number)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +164,13 @@ def run_trial(plan: SweepPlan, study: SweepStudy, claim: Claim, base: TeacherHom
             words = f"pruned, {pruned}"
         except Exception as error:
             traceback.print_exc(file=log)
+            if storage_problem(error) is not None or _comes_of(error, CheckpointNotWritten):
+                claim.give_up()
+                raise
+            if _comes_of(error, torch.AcceleratorError):
+                # Not given up: settings that break the device each time count as failed after some attempts.
+                claim.lock.release()
+                raise
             text = " ".join(str(error).split())
             reason = text if isinstance(error, DistillError) else f"{type(error).__name__}: {text}"
             value, record, state = None, {REASON: reason}, TrialState.FAIL
@@ -169,6 +181,12 @@ def run_trial(plan: SweepPlan, study: SweepStudy, claim: Claim, base: TeacherHom
     record = {"seconds": round(time.monotonic() - start, 1), "steps": watch.steps if watch else 0} | record
     claim.finish(state, record, value)
     return f"{words}, {record['steps']} steps in {record['seconds']:.0f} s"
+
+
+def _comes_of(error: BaseException | None, kind: type[BaseException]) -> bool:
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _pipeline(
