@@ -80,6 +80,10 @@ def test_the_table_holds_teacher_baseline_and_students_and_nothing_is_trained_tw
     scores = bench["scores"].SetScores("tiny", folder, [0, 1], ["rkd"])
     right = [np.mean(scores.logits(f"rkd/student/seed-{seed}").argmax(1) == scores.labels) for seed in (0, 1)]
     assert f"{np.mean(right):.4f} ± {np.std(right, ddof=1):.4f}" in rows["rkd"]
+    records = [json.loads((folder / f"rkd/student/seed-{seed}/stage.json").read_text()) for seed in (0, 1)]
+    validated = np.mean([record["validation"]["accuracy"] for record in records])
+    (line,) = [line for line in first.splitlines() if line.startswith("Students, mean of the validation scores: ")]
+    assert f"rkd {validated:.4f}" in line
     # What the teacher says of the rows that it and the students learned from, by the model itself.
     train = pd.read_parquet(tmp_path / "data" / "train.parquet")
     teacher = pipeline(
@@ -318,7 +322,10 @@ def test_recipes_are_compared_with_the_baseline_that_validation_prefers(bench, t
     kinds = [f"{name}/baseline" for name in validation]
     scores = bench["scores"].SetScores("known", tmp_path, [0, 1], [], kinds)
     scores.labels = np.array([0, 1])
-    assert scores.validation() == {"base/baseline": pytest.approx(0.82), "base_long/baseline": pytest.approx(0.825)}
+    assert scores.validation(kinds) == {
+        "base/baseline": pytest.approx(0.82),
+        "base_long/baseline": pytest.approx(0.825),
+    }
     assert scores.baseline == "base_long/baseline"
     scores = bench["scores"].SetScores("known", tmp_path, [0, 1], [], kinds)
     scores.labels = np.array([[0, 1], [1, 1]])
@@ -358,7 +365,8 @@ def test_tests_interval_and_table_take_the_chosen_baseline(bench, tmp_path):
     for seed in (0, 1):
         folder = tmp_path / "recipe" / "student" / f"seed-{seed}"
         folder.mkdir(parents=True)
-        (folder / "stage.json").write_text(json.dumps({"steps": 30, "seconds": 60.0}))
+        record = {"steps": 30, "seconds": 60.0, "validation": {"accuracy": 0.3}, "resumed_from": None}
+        (folder / "stage.json").write_text(json.dumps(record))
     scores = bench["scores"].SetScores("known", tmp_path, [0, 1], ["recipe"], kinds)
     scores.labels = np.arange(60) % 2
     shares = {"base/teacher": 1.0, "base/": 0.9, "base_long/": 0.5, "recipe/": 0.75}
@@ -384,6 +392,56 @@ def test_tests_interval_and_table_take_the_chosen_baseline(bench, tmp_path):
     rows = {line.split("|")[1].strip(): line for line in bench["table"]._table(scores).splitlines() if "|" in line}
     assert f"| {2 * 0.5**15:.1g} ↓, {2 * 0.5**15:.1g} ↓ |" in rows["recipe"]
     assert rows["recipe"].count("↓") == 3
+
+
+@pytest.fixture
+def costs(bench, tmp_path):
+    """Steps and minutes of one seed of a recipe of two phases, of 10 steps and one minute each, with these records."""
+
+    def write(name, record):
+        folder = tmp_path / "recipe" / "student" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stage.json").write_text(json.dumps(record))
+
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"phases": [{}, {}]}))
+    record = {"steps": 10, "seconds": 60.0, "resumed_from": None, "validation": {"accuracy": 0.5}}
+    for name in ("seed-0-phase-1", "seed-0"):
+        write(name, record)
+    scores = bench["scores"].SetScores("known", tmp_path, [0], ["recipe"])
+    scores.labels = np.array([0, 1])
+    return SimpleNamespace(write=write, record=record, shown=lambda: bench["table"]._cost(scores, "recipe/student"))
+
+
+def test_the_phases_of_a_recipe_count_and_no_other_ones(costs):
+    """As of a recipe that had three once, of a stage that is begun, and of a seed whose name begins alike."""
+    assert costs.shown() == "20 | 2.0"
+    costs.write("seed-0-phase-2", costs.record)
+    costs.write("seed-0-phase-1.partial", {"steps": 3})
+    costs.write("seed-01", costs.record)
+    assert costs.shown() == "20 | 2.0"
+
+
+def test_the_minutes_of_a_training_that_was_interrupted_are_no_less_than_shown(costs):
+    costs.write("seed-0", costs.record | {"resumed_from": "checkpoint-5"})
+    assert costs.shown() == "20 | > 2.0"
+
+
+@pytest.mark.slow
+def test_models_of_a_recipe_that_has_changed_are_no_row(tiny, bench, tmp_path, monkeypatch, capsys):
+    assert "| rkd |" in tiny("--sets", "tiny", "--recipes", "rkd", "--seeds", "0", "--write")
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    for path in bench["run"].RECIPES.glob("*.yaml"):
+        (folder / path.name).write_text(path.read_text())
+    recipe = yaml.safe_load((folder / "rkd.yaml").read_text())
+    recipe["training"]["learning_rate"] = 1e-3
+    (folder / "rkd.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(bench["run"], "RECIPES", folder)
+    capsys.readouterr()
+    tiny("--sets", "tiny", "--recipes", "rkd", "--seeds", "0", "--table")
+    printed = capsys.readouterr()
+    assert "| rkd |" not in printed.out
+    assert "rkd was made by other settings, it is left out" in printed.err
 
 
 def test_the_entropy_of_several_labels_is_that_of_each(bench):

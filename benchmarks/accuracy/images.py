@@ -55,6 +55,9 @@ class ImageScores(SetScores):
         return self._found[model.partition("/")[2].replace("seed-", "")]
 
     def stages(self, kind: str) -> list[dict[str, Any]]:
+        return self.finals(kind)
+
+    def finals(self, kind: str) -> list[dict[str, Any]]:
         stages = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))["run"]["stages"]
         return [stages[f"{kind.partition('/')[2]}/seed-{seed}"] for seed in self.seeds]
 

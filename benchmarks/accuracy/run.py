@@ -202,15 +202,34 @@ class Bench:
         with ThreadPoolExecutor(self.options.jobs) as pool:
             list(pool.map(lambda job: self._distill(*job), jobs))
 
-    def _lay_down(self, recipe: str, folder: str, changes: dict[str, Any] | None = None) -> None:
+    def _settings(self, recipe: str, folder: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
         settings = merged(merged(read_settings(RECIPES / f"{recipe}.yaml", "recipe"), changes or {}), self.set)
         for section in (settings, *settings.get("phases", [])):
             if "learning_rate" in section.get("training", {}):
                 section["training"]["learning_rate"] *= self.factor
-        settings |= {"output_dir": str(self.folder / folder), "cache_dir": str(self.options.work.resolve() / "cache")}
+        places = {"output_dir": str(self.folder / folder), "cache_dir": str(self.options.work.resolve() / "cache")}
+        return settings | places
+
+    def _lay_down(self, recipe: str, folder: str, changes: dict[str, Any] | None = None) -> None:
         config = self.folder / f"{folder}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(yaml.safe_dump(settings, sort_keys=False))
+        config.write_text(yaml.safe_dump(self._settings(recipe, folder, changes), sort_keys=False))
+
+    def _is_as_now(self, folder: str) -> bool:
+        """Whether the models in a recipe's folder were made by the recipe as it stands; else they are no row of it."""
+        config = self.folder / f"{folder}.yaml"
+        if not config.is_file():
+            return False
+        laid, now = (
+            {name: settings.get(name) for name in ("losses", "training", "phases", "student")}
+            for settings in (
+                read_settings(config, "config"),
+                self._settings(self.made[folder][0], folder, self.made[folder][1]),
+            )
+        )
+        if laid != now:
+            print(f"{self.name}: {folder} was made by other settings, it is left out", file=sys.stderr)
+        return laid == now
 
     def _distill(self, folder: str, stage: str, seed: int | None = None) -> None:
         config = self.folder / f"{folder}.yaml"
@@ -225,7 +244,11 @@ class Bench:
         needed = ["base/teacher", *(path for kind in kinds for path in self._seeds(kind))]
         if not all(map(self._finished, needed)):
             return None
-        done = [recipe for recipe in self.recipes if all(map(self._finished, self._seeds(f"{recipe}/student")))]
+        done = [
+            recipe
+            for recipe in self.recipes
+            if self._is_as_now(recipe) and all(map(self._finished, self._seeds(f"{recipe}/student")))
+        ]
         name = f"{self.name}-variants" if self.options.variants else self.name
         return SetScores(name, self.folder, self.options.seeds, done, kinds)
 

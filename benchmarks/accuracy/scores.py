@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from distill_nlp.config_file import load_experiment
+from distill_nlp.config_file import load_experiment, read_settings
 from distill_nlp.inference import predict_logits
 from distill_nlp.loading import load_classifier
 from distill_nlp.materials import Materials
@@ -111,12 +111,15 @@ class SetScores:
         """The folder of the baselines whose validation scores have the best mean."""
         if len(self.baselines) == 1:
             return self.baselines[0]
-        found = self.validation()
+        found = self.validation(self.baselines)
         return max(found, key=found.__getitem__)
 
-    def validation(self) -> dict[str, float]:
-        """The mean of each budget's validation scores over seeds; of each seed that of its best checkpoint."""
-        records = {kind: self.stages(kind) for kind in self.baselines}
+    def validation(self, kinds: Sequence[str]) -> dict[str, float]:
+        """The mean of the validation scores over seeds; of each seed that of its best checkpoint.
+
+        What is chosen is chosen by these: baselines, and recipes or their variants, as test scores are for the verdict.
+        """
+        records = {kind: self.finals(kind) for kind in kinds}
         return {kind: float(np.mean([one["validation"][self._score] for one in own])) for kind, own in records.items()}
 
     def steps(self, kind: str) -> int:
@@ -156,15 +159,22 @@ class SetScores:
             for seed in self.seeds
         ]
 
+    def finals(self, kind: str) -> list[dict[str, Any]]:
+        """Of each seed the record of the last stage of `BUDGET/baseline` or `RECIPE/student`."""
+        return [self._record(kind, f"seed-{seed}") for seed in self.seeds]
+
     def stages(self, kind: str) -> list[dict[str, Any]]:
-        """The records of all stages, phases too, of `BUDGET/baseline` or `RECIPE/student`."""
-        folder = self.folder / kind
-        return [
-            json.loads(path.read_text())
-            for seed in self.seeds
-            for path in sorted(folder.glob(f"seed-{seed}/stage.json"))
-            + sorted(folder.glob(f"seed-{seed}-*/stage.json"))
-        ]
+        """The records of all stages, the phases that the recipe has among them."""
+        folder, _, stage = kind.partition("/")
+        config = self.folder / f"{folder}.yaml"
+        phases = (
+            len(read_settings(config, "config").get("phases", [])) if config.is_file() and stage == "student" else 0
+        )
+        before = [f"seed-{seed}-phase-{i}" for seed in self.seeds for i in range(1, phases)]
+        return [self._record(kind, name) for name in before] + self.finals(kind)
+
+    def _record(self, kind: str, stage: str) -> dict[str, Any]:
+        return json.loads((self.folder / kind / stage / "stage.json").read_text())
 
 
 def _entropies(logits: np.ndarray, several: bool) -> np.ndarray:

@@ -72,8 +72,13 @@ def _table(scores: SetScores) -> str:
             f"{unsure_there:.3f} nats; on test rows {on_test:.4f}, {unsure_here:.3f} nats.",
         ]
     if len(scores.baselines) > 1:
-        tried = (f"{value:.4f} after {scores.steps(own):,} steps" for own, value in scores.validation().items())
-        lines += ["", f"Baselines, mean of the validation scores: {', '.join(tried)}."]
+        tried = scores.validation(scores.baselines).items()
+        budgets = ", ".join(f"{value:.4f} after {scores.steps(own):,} steps" for own, value in tried)
+        lines += ["", f"Baselines, mean of the validation scores: {budgets}."]
+    if len(scores.recipes) > 1:
+        tried = scores.validation([f"{recipe}/student" for recipe in scores.recipes]).values()
+        students = ", ".join(f"{recipe} {value:.4f}" for recipe, value in zip(scores.recipes, tried, strict=True))
+        lines += ["", f"Students, mean of the validation scores: {students}."]
     return "\n".join(lines)
 
 
@@ -88,6 +93,8 @@ def _mean_sd(values: list[float]) -> str:
 
 
 def _cost(scores: SetScores, kind: str) -> str:
-    """Steps and minutes of one seed."""
-    minutes = sum(record["seconds"] for record in scores.stages(kind)) / len(scores.seeds) / 60
-    return f"{scores.steps(kind):,} | {minutes:.1f}"
+    """Steps and minutes of one seed; of a training that was interrupted, its last attempt's are known."""
+    records = scores.stages(kind)
+    minutes = sum(record["seconds"] for record in records) / len(scores.seeds) / 60
+    over = "> " if any(record.get("resumed_from") for record in records) else ""
+    return f"{scores.steps(kind):,} | {over}{minutes:.1f}"
