@@ -83,10 +83,12 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
         train, validation = _carve(train, len(names), config.validation_fraction, config.seed)
         notes.append(f"{len(validation)} validation rows carved from {config.train_split}, {len(train)} left")
     train = sample(train, config.max_train_samples, config.seed)
+    # A sweep without a validation split has train in the place of test: what it holds is not held out.
+    held_out = [validation] if config.test_split == config.train_split else [validation, test]
     if shared := len(texts_of(train) & texts_of(test)):
         notes.append(f"{shared} texts of {config.train_split} stand in {config.test_split} too")
     if teacher_train is not None:
-        teacher_train = _without_held_out(teacher_train, [validation, test], notes, teacher_train_split or "")
+        teacher_train = _without_held_out(teacher_train, held_out, notes, teacher_train_split or "")
         check_classes(teacher_train, teacher_train_split or "", names, notes)
     test = sample(test, config.max_test_samples, config.seed)
     pool = None
@@ -96,7 +98,7 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
         raw = load_split(config.unlabeled, "train") if is_file else load(config.unlabeled)
         raw = columns_of(raw, config, config.unlabeled, labeled=False)
         raw = sample(raw, config.max_unlabeled_samples, config.seed)
-        pool = unlabeled(_without_held_out(raw, [validation, test], notes, "unlabeled"), problem_type, len(names))
+        pool = unlabeled(_without_held_out(raw, held_out, notes, "unlabeled"), problem_type, len(names))
     check_classes(train, config.train_split, names, notes)
     return Splits(train, validation, test, names, teacher_train or train, pool, notes, problem_type)
 

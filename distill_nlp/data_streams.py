@@ -156,7 +156,9 @@ def load_streamed_splits(config: DataSection, teacher_train_split: str | None = 
             wanted_columns(rows.column_names, config, split)
         check_same_kind(rows, config, split, problem_type)
     names = _names(feature, {split: rows for split, (rows, _) in held_out.items()}, config)
-    validation, test = (with_labels(rows, config, split, names) for split, (rows, _) in held_out.items())
+    labeled = {split: with_labels(rows, config, split, names) for split, (rows, _) in held_out.items()}
+    # One and the same in a sweep, which reads no test rows.
+    validation, test = labeled[config.validation_split], labeled[config.test_split]
     kept = frozenset(digest({"text": row[0], **_pair(row)}) for part in (validation, test) for row in texts_of(part))
 
     train = StreamedSplit(source, config, config.train_split, names, problem_type, limit=config.max_train_samples)

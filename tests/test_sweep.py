@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import optuna
+import pandas as pd
 import pytest
 import torch
 from helpers import BINARY, label_config, make_teacher, make_tokenizer
@@ -295,6 +297,23 @@ def test_out_of_memory_fails_one_trial(sweep, monkeypatch):
     result = run_sweep(sweep(trials=2))
     assert states(result) == ["failed", "finished"]
     assert result["trials"][0]["reason"] == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_rows_of_a_stream_are_swept_too(sweep):
+    changes = {"data__streaming": True, "data__shuffle_buffer": 7, "training__eval_steps": 2}
+    assert states(run_sweep(sweep(changes, trials=2))) == ["finished"] * 2
+
+
+def test_without_a_split_for_validation_texts_of_train_may_stand_in_the_pool(sweep, tmp_path):
+    """As in `run`, which holds out validation and test; here train stands in for that."""
+    path = sweep({"data__unlabeled": "pool", "data__validation_split": None}, trials=1)
+    train = pd.read_parquet(tmp_path / "data" / "train.parquet")
+    train.to_parquet(tmp_path / "data" / "pool.parquet")
+    result = run_sweep(path)
+    assert states(result) == ["finished"]
+    log = (tmp_path / "sweep" / "trials" / "0000" / "log.txt").read_text()
+    carved = int(re.search(r"(\d+) validation rows carved", log)[1])
+    assert f"{len(train) - carved:,} train, {len(train) - carved:,} unlabeled" in log
 
 
 def refuse_once(monkeypatch, errors):
