@@ -71,8 +71,8 @@ def student_from_teacher(
         head: "auto": where the teacher is a classifier for the student's labels, by name, the student starts from its
             head, in the student's order of labels; else it is drawn. From BERT to DistilBERT, tanh(z) in the head
             becomes max(z, -1): see `distilbert_head`. "random": it is drawn. A BERT's pooler is copied in any case.
-        width: of the hidden states, of a BERT or DistilBERT; see `student_width.cut` for what is kept. The teacher's
-            where not given.
+        width: of the hidden states, of a BERT, RoBERTa, ELECTRA or DistilBERT; see `student_width.cut` for what is
+            kept. The teacher's where not given.
         heads: attention heads; not given, as many as keep the size of a head where that divides the width.
         intermediate_size: neurons of the feed-forward part; not given, 4 · width.
         say: gets one line of what was made.
@@ -182,6 +182,8 @@ def _same_settings(config: Any, chosen: list[int], sizes: Sizes) -> dict[str, An
     if sizes != Sizes.of(config):
         new |= {"hidden_size": sizes.width, "num_attention_heads": sizes.heads}
         new |= {"hidden_dim" if "hidden_dim" in own else "intermediate_size": sizes.intermediate_size}
+        if own.get("embedding_size") == config.hidden_size:
+            new |= {"embedding_size": sizes.width}
     new = {config.attribute_map.get(name, name): value for name, value in new.items()}
     # Without dtype: the weights of a half-precision teacher are trained in float32 too.
     return own | {"dtype": None} | new

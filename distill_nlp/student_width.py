@@ -1,4 +1,4 @@
-"""Cuts a BERT or DistilBERT to a smaller width, fewer or smaller attention heads and fewer feed-forward neurons."""
+"""Cuts a BERT or one of its kin to a smaller width, fewer or smaller heads and fewer feed-forward neurons."""
 
 from __future__ import annotations
 
@@ -33,38 +33,39 @@ class Sizes:
 
 @dataclass(frozen=True)
 class _Names:
-    """What the linear layers of a family are called: those of a block, and the one behind the first token."""
+    """What the linear layers of a family are called: those of a block, and those of the head."""
 
-    query: str
-    key: str
-    value: str
-    out: str
-    up: str
-    down: str
+    blocks: str
     pooled: str
+    scores: str = "classifier"
+    query: str = "attention.self.query"
+    key: str = "attention.self.key"
+    value: str = "attention.self.value"
+    out: str = "attention.output.dense"
+    up: str = "intermediate.dense"
+    down: str = "output.dense"
 
 
+_ROBERTA = _Names("roberta.encoder.layer.", "classifier.dense", "classifier.out_proj")
 _FAMILIES = {
-    "bert": _Names(
-        query="attention.self.query",
-        key="attention.self.key",
-        value="attention.self.value",
-        out="attention.output.dense",
-        up="intermediate.dense",
-        down="output.dense",
-        pooled="bert.pooler.dense",
-    ),
+    "bert": _Names("bert.encoder.layer.", "bert.pooler.dense"),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "electra": _Names("electra.encoder.layer.", "classifier.dense", "classifier.out_proj"),
     "distilbert": _Names(
+        blocks="distilbert.transformer.layer.",
+        pooled="pre_classifier",
         query="attention.q_lin",
         key="attention.k_lin",
         value="attention.v_lin",
         out="attention.out_lin",
         up="ffn.lin1",
         down="ffn.lin2",
-        pooled="pre_classifier",
     ),
 }
-_BLOCKS = {"bert": "bert.encoder.layer.", "distilbert": "distilbert.transformer.layer."}
+# From embeddings of another width to the states, where a family may have such.
+_PROJECTED = "electra.embeddings_project"
 
 
 def choose_sizes(config: Any, width: int | None, heads: int | None, intermediate_size: int | None) -> Sizes:
@@ -85,11 +86,16 @@ def choose_sizes(config: Any, width: int | None, heads: int | None, intermediate
         return teacher
     if config.model_type not in _FAMILIES:
         raise ValueError(
-            f"from_teacher.width, heads and intermediate_size cut a bert or a distilbert, this is {config.model_type}: "
+            f"from_teacher.width, heads and intermediate_size cut {', '.join(_FAMILIES)}, this is {config.model_type}: "
             "leave them out"
         )
     full = width in (None, teacher.width)
     chosen = _within("width", width, teacher.width)
+    if chosen == (own := getattr(config, "embedding_size", teacher.width)) != teacher.width:
+        raise ValueError(
+            f"from_teacher.width {chosen} is that of the embeddings, which an {config.model_type} of width {own} takes "
+            f"without the projection that this teacher has: take another width"
+        )
     neurons = teacher.intermediate_size if full else min(4 * chosen, teacher.intermediate_size)
     if intermediate_size is not None:
         neurons = _within("intermediate_size", intermediate_size, teacher.intermediate_size)
@@ -135,7 +141,7 @@ def cut(state: State, model_type: str, teacher: Sizes, student: Sizes, depth: in
 
     Args:
         state: weights by their names in the classifier, blocks numbered from 0; the head may be missing.
-        model_type: "bert" or "distilbert".
+        model_type: "bert", "roberta", "electra", "distilbert" and so on.
         teacher: sizes of `state`.
         student: sizes wanted, see `choose_sizes`.
         depth: number of blocks.
@@ -143,23 +149,25 @@ def cut(state: State, model_type: str, teacher: Sizes, student: Sizes, depth: in
     Returns:
         A new dict, in float32.
     """
-    names, blocks = _FAMILIES[model_type], _BLOCKS[model_type]
+    names = _FAMILIES[model_type]
     state = {key: tensor.float() for key, tensor in state.items()}
-    columns = _largest(_column_scales(state), student.width)
+    columns = _largest(_column_scales(state, teacher.width), student.width)
     for key, tensor in state.items():
-        if "_embeddings." in key:
-            state[key] = tensor[:, columns]
-        elif _is_norm(key):
-            state[key] = tensor[columns]
+        # Embeddings that are projected to the width, and their norm, have a width of their own.
+        if ("_embeddings." in key or _is_norm(key)) and tensor.shape[-1] == teacher.width:
+            state[key] = tensor[..., columns]
+    if f"{_PROJECTED}.weight" in state:
+        _cut_linear(state, _PROJECTED, columns, None)
     for block in range(depth):
-        _cut_attention(state, names, f"{blocks}{block}.", columns, teacher, student)
-        up, down = f"{blocks}{block}.{names.up}", f"{blocks}{block}.{names.down}"
+        prefix = f"{names.blocks}{block}."
+        _cut_attention(state, names, prefix, columns, teacher, student)
+        up, down = prefix + names.up, prefix + names.down
         _cut_linear(state, up, None, columns)
         _cut_linear(state, down, columns, None)
         _keep_neurons(state, up, down, student.intermediate_size)
     if f"{names.pooled}.weight" in state:
         _cut_linear(state, names.pooled, None, columns)
-        _keep_neurons(state, names.pooled, "classifier", student.width)
+        _keep_neurons(state, names.pooled, names.scores, student.width)
     return state
 
 
@@ -167,9 +175,10 @@ def _is_norm(key: str) -> bool:
     return "layernorm" in key.lower() or "layer_norm" in key
 
 
-def _column_scales(state: State) -> torch.Tensor:
-    """Mean |γ| of each column over the LayerNorms.  (H,)"""
-    return torch.stack([t.abs() for key, t in state.items() if _is_norm(key) and key.endswith(".weight")]).mean(0)
+def _column_scales(state: State, width: int) -> torch.Tensor:
+    """Mean |γ| of each column over the LayerNorms of the states.  (H,)"""
+    scales = [t.abs() for key, t in state.items() if _is_norm(key) and key.endswith(".weight") and len(t) == width]
+    return torch.stack(scales).mean(0)
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:

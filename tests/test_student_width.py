@@ -76,8 +76,8 @@ def test_sizes_that_do_not_fit_are_refused_by_name(given, message):
 
 @pytest.mark.parametrize("name", ["width", "heads", "intermediate_size"])
 def test_other_families_keep_their_sizes(name):
-    with pytest.raises(ValueError, match="cut a bert or a distilbert, this is roberta: leave them out"):
-        build_student(LABELS, from_teacher=BERT_TO_BERT | {name: 4}, teacher=make_family("roberta"))
+    with pytest.raises(ValueError, match="cut bert, roberta, .*, distilbert, this is mpnet: leave them out"):
+        build_student(LABELS, from_teacher=BERT_TO_BERT | {name: 4}, teacher=make_family("mpnet"))
 
 
 def test_at_full_width_a_wide_feed_forward_part_is_kept():
@@ -210,6 +210,65 @@ def test_the_head_keeps_the_neurons_of_the_largest_norms():
 def test_without_a_head_the_pooler_is_cut_all_the_same():
     student = build_student(LABELS, from_teacher=BERT_TO_BERT | {"width": 16}, teacher=bert().bert)
     assert student.bert.pooler.dense.weight.shape == (16, 16)
+
+
+KIN = [("roberta", {}), ("xlm-roberta", {}), ("camembert", {}), ("electra", {}), ("electra", {"embedding_size": 32})]
+
+
+@pytest.mark.parametrize(("family", "changes"), KIN)
+def test_the_kin_of_bert_is_cut_as_bert_is(family, changes, tmp_path):
+    """A BERT of the same weights is cut to the same ones, embeddings of a width of their own aside."""
+    teacher = make_family(family, **changes)
+    own = "electra" if family == "electra" else "roberta"
+    names = {"classifier.dense": "bert.pooler.dense", "classifier.out_proj": "classifier", f"{own}.": "bert."}
+    recipe = {"layers": 3, "select": "first", "architecture": "same", "width": 20, "intermediate_size": 30}
+    student = build_student(LABELS, from_teacher=recipe, teacher=teacher)
+    assert Sizes.of(student.config) == Sizes(20, 4, 30)
+
+    def as_bert(state):
+        for theirs, berts in names.items():
+            state = {key.replace(theirs, berts, 1) if key.startswith(theirs) else key: t for key, t in state.items()}
+        return state
+
+    taken = {key: t for key, t in as_bert(parameters_of(teacher)).items() if ".layer.3." not in key}
+    projected = family == "electra" and not changes
+    apart = {key for key in taken if projected and ".embeddings" in key}
+    small = cut({key: t for key, t in taken.items() if key not in apart}, "bert", TEACHER, Sizes(20, 4, 30), depth=3)
+    found = as_bert(parameters_of(student))
+    assert found.keys() == taken.keys()
+    assert [key for key, tensor in small.items() if not torch.equal(found[key], tensor)] == []
+    if projected:
+        columns = torch.stack([t.abs() for k, t in small_norms(taken)]).mean(0).argsort(descending=True)[:20].sort()[0]
+        weight = "bert.embeddings_project.weight"
+        assert torch.equal(found.pop(weight), taken[weight][columns])
+        assert torch.equal(found["bert.embeddings_project.bias"], taken["bert.embeddings_project.bias"][columns])
+        kept = apart - {weight, "bert.embeddings_project.bias"}
+        assert len(kept) == 5
+        assert all(torch.equal(found[key], taken[key]) for key in kept)
+    # Reloads to the same logits, and nothing of it was drawn at random.
+    student.save_pretrained(tmp_path)
+    reloaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(outputs(reloaded)[0], outputs(student)[0])
+
+
+def small_norms(state):
+    return [(k, t) for k, t in state.items() if k.endswith("LayerNorm.weight") and len(t) == 32]
+
+
+def test_the_encoder_of_a_roberta_is_cut_without_its_pooler():
+    student = build_student(LABELS, from_teacher=BERT_TO_BERT | {"width": 16}, teacher=make_family("roberta").roberta)
+    assert student.classifier.dense.weight.shape == (16, 16)
+    backbone = AutoModel.from_config(make_family("roberta").config)
+    assert hasattr(backbone, "pooler")
+    student = build_student(LABELS, from_teacher=BERT_TO_BERT | {"width": 16}, teacher=backbone)
+    assert student.roberta.encoder.layer[0].output.dense.weight.shape == (16, 48)
+
+
+def test_a_width_at_which_an_electra_has_no_projection_is_refused():
+    with pytest.raises(ValueError, match="width 16 is that of the embeddings, .* take another width"):
+        build_student(LABELS, from_teacher=BERT_TO_BERT | {"width": 16}, teacher=make_family("electra"))
 
 
 def test_a_distilbert_can_be_cut_too():
