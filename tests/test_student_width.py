@@ -1,5 +1,6 @@
 """Narrower students: what of the teacher is kept, at full width all of it, and how near the rest comes."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -411,6 +412,27 @@ def test_at_half_width_it_is_nearer_to_the_teacher_than_random_weights_and_the_f
         assert nearest < 0.8 * distance(random[layer], expected[layer][:, columns])
         assert kept > 0.1 + explained(first[layer], expected[layer])
         assert kept > 0.1 + explained(random[layer], expected[layer])
+
+
+@pytest.fixture
+def width_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("width")
+
+
+def test_the_benchmark_puts_a_teacher_into_another_basis(width_benchmark, monkeypatch):
+    """With the columns that the package picks for a basis, it is the package's student; the svd's is orthonormal."""
+    teacher = bert().bert
+    basis = torch.eye(32)[:, teacher_columns(teacher, 16)]
+    assert_same(width_benchmark.in_basis(teacher, basis, 16), width_benchmark.by_columns(teacher, 16))
+    found = []
+    monkeypatch.setattr(width_benchmark, "in_basis", lambda teacher, basis, width: found.append(basis))
+    width_benchmark.by_svd(teacher, 16)
+    width_benchmark.by_svd(teacher, 16, mean_apart=True)
+    for basis in found:
+        torch.testing.assert_close(basis.T @ basis, torch.eye(16), rtol=0, atol=1e-5)
+    # What a LayerNorm takes out of the states is their mean; of the new columns it is the same direction.
+    torch.testing.assert_close(found[1] @ torch.full((16,), 0.25), torch.full((32,), 32**-0.5), rtol=0, atol=1e-5)
 
 
 @pytest.mark.real_data
