@@ -113,6 +113,12 @@ def test_neither_zero_workers_nor_several_ranks_are_taken(sweep, monkeypatch):
         run_sweep(sweep())
 
 
+def test_a_file_in_the_way_of_the_folder_is_named(sweep, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"^output_dir: .*file is a file, so .*sweep cannot be a folder"):
+        run_sweep(sweep(output_dir=str(tmp_path / "file" / "sweep")))
+
+
 def test_the_command_line_comes_before_the_file(sweep):
     path = sweep(trials=5, overrides={"training.max_steps": 7, "data.max_length": 12})
     plan = load_sweep(path, {"training.max_steps": 9}, output_dir="elsewhere", trials=2)

@@ -11,6 +11,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.output_folder import check_can_be_made
 from distill_nlp.stage_training import Say
 from distill_nlp.sweep.measure import add_costs
 from distill_nlp.sweep.plan import SweepPlan, load_sweep
@@ -59,6 +60,7 @@ def run_sweep(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a sweep is not launched on several ranks: each trial is one process; use --workers")
     plan = load_sweep(path, overrides, output_dir, trials)
+    check_can_be_made(plan.root, "output_dir")
     space = Space(plan.sweep.space)
     definition = check(plan, space, say)
     study = SweepStudy(plan, space, definition)
