@@ -17,10 +17,20 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    begin_peak()
     before = _status("VmRSS")
     work()
-    return _status("VmHWM") - before
+    return peak_since() - before
+
+
+def begin_peak() -> None:
+    """Has this process's peak start anew; a fresh process begins with that of the one that started it."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_since() -> int:
+    """Most bytes that this process held since `begin_peak`, all of them."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

@@ -17,6 +17,7 @@ from distill_nlp.durable_files import read_json
 from distill_nlp.errors import first_line
 from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.materials import Materials
+from distill_nlp.out_of_memory import memory_errors
 from distill_nlp.precision import is_open, precision_of, prefers_bf16, settle_precision
 
 _ROWS_FOR_LENGTH = 256
@@ -116,7 +117,12 @@ class OpenSettings:
             return begun
         if not measure:
             return _USUAL_BATCH
-        size, line = min((way() for way in ways), key=lambda found: found[0])
+        with memory_errors(
+            "batch size",
+            f"a step of {who} on three of the longest rows does not fit: lower data.max_length, take a "
+            "smaller model, or give training.per_device_train_batch_size with training.gradient_checkpointing",
+        ):
+            size, line = min((way() for way in ways), key=lambda found: found[0])
         self._say("batch size", f"{who}: {line}")
         return size
 

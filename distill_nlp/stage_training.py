@@ -216,18 +216,20 @@ class TrainingJob:
     def _trainer(self, say: Say, arguments: DistillationArguments, validation: Any) -> DistillationTrainer:
         arguments.run_name = run_name(arguments.run_name, self.folder.path)
         try:
-            trainer = DistillationTrainer(
-                model=self.model,
-                teacher=self.teacher,
-                losses=self.losses,
-                loss_weights=self.weights,
-                args=arguments,
-                train_dataset=self.train,
-                eval_dataset=validation,
-                processing_class=self.tokenizer,
-                compute_metrics=compute_metrics,
-                callbacks=[StageProgress(self.name, say, self._shown_metric), *self.callbacks],
-            )
+            # It brings both models to the device.
+            with self._memory_errors():
+                trainer = DistillationTrainer(
+                    model=self.model,
+                    teacher=self.teacher,
+                    losses=self.losses,
+                    loss_weights=self.weights,
+                    args=arguments,
+                    train_dataset=self.train,
+                    eval_dataset=validation,
+                    processing_class=self.tokenizer,
+                    compute_metrics=compute_metrics,
+                    callbacks=[StageProgress(self.name, say, self._shown_metric), *self.callbacks],
+                )
         except ValueError as error:
             raise UsageError(f"{self.name}: {error}") from error
         trainer.remove_callback(PrinterCallback)

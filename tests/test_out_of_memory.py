@@ -112,7 +112,22 @@ def test_a_students_training_says_which_phase_and_what_would_be_different(experi
         assert f"out of memory; lower {said}, data.max_length" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["train", "evaluate"])
+def test_a_step_that_does_not_fit_with_three_rows_says_what_to_lower(experiment, monkeypatch, capsys, no_doctor):
+    def full(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("distill_nlp.settling.fitting_batch_size", full)
+    training = {"per_device_train_batch_size": "auto", "max_steps": 2, "eval_strategy": "no"}
+    losses = {"ce": {}, "kl": {}}
+    assert main(["run", str(experiment(training=training, losses=losses)), "--stages", "teacher"]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(
+        "error: batch size: out of memory; a step of teacher on three of the longest rows does not fit"
+    )
+
+
+# The models come to the device as the trainer is made.
+@pytest.mark.parametrize("method", ["train", "evaluate", "__init__"])
 def test_a_training_says_what_to_lower(experiment, monkeypatch, capsys, method, no_doctor):
     error = on_a_cpu()
 

@@ -23,6 +23,7 @@ from distill_nlp.cli import main
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "speed"
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
+import accelerator  # noqa: E402
 import capturing  # noqa: E402
 import idle  # noqa: E402
 import loops  # noqa: E402
@@ -78,6 +79,48 @@ def test_each_way_on_short_rows_has_a_process_with_its_pages(monkeypatch, studen
     assert pages == 2 * ["0", "0", "1", "0", "1"]
     assert attention == 2 * ["sdpa", ATTENTION_NAME, ATTENTION_NAME, "sdpa", "sdpa"]
     assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+
+
+def test_bare_loops_and_trainers_have_their_tokens_per_second_and_memory(monkeypatch):
+    monkeypatch.setattr(accelerator, "in_a_process_of_its_own", lambda function, *arguments: function(*arguments))
+    # The compiler takes a minute.
+    ways = {name: way for name, way in accelerator.WAYS.items() if "compiled" not in name}
+    monkeypatch.setattr(accelerator, "WAYS", ways)
+    ((title, found),) = run.PART["accelerator"](PAIR, argparse.Namespace(**vars(OPTIONS) | {"shapes": "4x16"}))
+    assert title == "tiny pair, 2 steps of 4x16, bf16"
+    assert list(found) == ["bare loop, teacher live", "DistillationTrainer, KL", "DistillationTrainer, KL, cached"]
+    for figures in found.values():
+        assert figures["tokens_per_second"] == pytest.approx(8 * 16 / figures["seconds"])
+        assert figures["utilisation"] is None
+        assert 0.05 < figures["peak_gib"] < 50
+
+
+def test_the_work_of_a_token_is_that_of_its_matrix_products():
+    """BERT-base and DistilBERT-base at 256 tokens: 85 million weights in blocks, half of them in the student."""
+    pair = workloads.Pair("base", torch.device("cpu"))
+    products = 2 * 12 * 768**2 + 2 * 2 * 256 * 768
+    assert accelerator.flops_of_a_token(pair, 256) == products * (12 + 3 * 6)
+    assert accelerator.flops_of_a_token(pair, 256, with_teacher=False) == products * 3 * 6
+    student = pair.student(0.0)
+    blocks = sum(p.numel() for n, p in student.named_parameters() if ".layer." in n and p.dim() == 2)
+    assert accelerator.flops_of_a_token(pair, 0, with_teacher=False) == 6 * blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_devices_peak_is_its_own(name, peak):
+    assert accelerator.peak_of_device(name) == peak
 
 
 @pytest.fixture

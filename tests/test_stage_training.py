@@ -68,6 +68,17 @@ def test_the_settings_reach_the_trainer(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "expected"), [({}, True), ({"dataloader_pin_memory": False}, False), ({"use_cpu": True}, False)]
+)
+def test_a_gpu_gets_its_batches_while_it_computes(tmp_path, monkeypatch, settings, expected):
+    for place in ("cuda", "accelerator"):
+        monkeypatch.setattr(f"distill_nlp.training_settings.torch.{place}.is_available", lambda: True)
+    monkeypatch.setattr("distill_nlp.training_settings.DistillationArguments", lambda **values: values)
+    found = training_arguments(TrainingSection(**settings), tmp_path, seed=1)
+    assert (found["dataloader_pin_memory"], found["accelerator_config"]) == (expected, {"non_blocking": expected})
+
+
+@pytest.mark.parametrize(
     ("settings", "place"),
     [
         ({"layer_learning_rate_decay": 0}, "layer_learning_rate_decay"),

@@ -5,7 +5,7 @@
     python benchmarks/speed/run.py --parts capture                  # attention losses by capture and by eager maps
     python benchmarks/speed/run.py --parts short                    # short rows in bf16 on a CPU
     python benchmarks/speed/run.py --parts whole --data DATA --teacher CHECKPOINT --work DIR --seeds 0,1,2 --idle
-    python benchmarks/speed/run.py --parts accelerator --models base        # tokens per second and utilisation of a GPU
+    python benchmarks/speed/run.py --parts accelerator --models base --rows 3200    # a GPU's tokens per second
     python benchmarks/speed/run.py ... --write      # puts the tables of these parts into benchmarks/SPEED.md
 
 All variants of a part train over the same rows in turn, round after round, in an order that moves on by one each round;
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+import accelerator
 import capturing
 import short
 import whole
@@ -39,8 +40,6 @@ from distill_nlp.durable_files import write_json
 
 PAGE = Path(__file__).resolve().parents[1] / "SPEED.md"
 FLAGS = ("--compile", "--idle")
-# Dense bfloat16 FLOP/s, by the maker's data sheet.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
 # Fused AdamW, as the Trainer's own default is.
 STEPS = {
     "bare loop, teacher live": Bare(attention_dropout=0.0, fused=True),
@@ -93,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/SPEED.md")
     parser.add_argument("--compile", action="store_true", help="levers: torch.compile'd student as well")
     parser.add_argument("--short", type=_numbers, default="20,64,128", help="of the part short: tokens [20,64,128]")
+    parser.add_argument("--shapes", default="32x256,64x512", help="of the part accelerator: rows x tokens")
     capture = parser.add_argument_group("the part capture")
     capture.add_argument("--tokens", type=_numbers, default="128,256,512", help="of a row [128,256,512]")
     capture.add_argument("--maps", choices=("mse", "kl"), default="mse", help="how attention maps are compared [mse]")
@@ -183,36 +183,6 @@ def start(pair: Pair, options: argparse.Namespace):
     yield "start-up", measured({name: process(code) for name, code in commands.items()}, options.rounds)
 
 
-def accelerator(pair: Pair, options: argparse.Namespace):
-    """Tokens per second and, where the peak is known, model-FLOPs utilisation, in bfloat16."""
-    for size, tokens in ((32, 256), (64, 512)):
-        count = max(size, options.rows // size * size)
-        data = fixed_rows(count, tokens)
-        ways = {"eager": Bare(bf16=True, teacher_bf16=True, attention_dropout=0.0, fused=True)}
-        ways["compiled student"] = Bare("live", True, True, False, 0.0, True, compiled=True)
-        passes = {name: way.on(pair, data, size) for name, way in ways.items()}
-        if pair.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        found = measured(passes, options.rounds)
-        for figures in found.values():
-            figures["tokens_per_second"] = count * tokens / figures["seconds"]
-            work = flops_of_a_token(pair, tokens) * figures["tokens_per_second"]
-            name = torch.cuda.get_device_name() if pair.device.type == "cuda" else ""
-            peak = next((value for key, value in PEAK.items() if key in name), None)
-            figures["utilisation"] = None if peak is None else work / peak
-        if pair.device.type == "cuda":
-            next(iter(found.values()))["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        yield f"{options.models} pair, {size}x{tokens}, bf16", found
-
-
-def flops_of_a_token(pair: Pair, tokens: int) -> float:
-    """Multiplications and additions of a step for each token: the teacher forward, the student forward and backward."""
-    width, _, teacher, student = MODELS[pair.name]
-    # Of a block: 12 H² weights, twice each; scores and their use 4 S H.
-    block = 24 * width**2 + 4 * tokens * width
-    return block * (teacher + 3 * student)
-
-
 PART = {
     "steps": steps,
     "defaults": defaults,
@@ -221,7 +191,7 @@ PART = {
     "short": lambda pair, options: short.tables(pair, options.rows, options.short, options.rounds),
     "whole": lambda pair, options: whole.tables(options),
     "start": start,
-    "accelerator": accelerator,
+    "accelerator": lambda pair, options: accelerator.tables(pair, options.rows, options.shapes, options.rounds),
 }
 
 

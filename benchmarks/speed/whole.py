@@ -152,8 +152,10 @@ class WholeRuns:
         self._prepare(run)
         command = _distill(run, self.seeds[0], "student", [*self.settings, *self.more])
         # Before PyTorch is loaded: too late for the command to do it, as it does in its own process.
-        with mock.patch.dict(os.environ, {"OMP_WAIT_POLICY": "passive"} | os.environ):
-            return in_a_process_of_its_own(shares, command[3:])
+        with tempfile.TemporaryDirectory() as datasets:
+            environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"HF_DATASETS_CACHE": datasets}
+            with mock.patch.dict(os.environ, environment):
+                return in_a_process_of_its_own(shares, command[3:])
 
     def accuracy(self, folder: Path) -> float:
         """Of the checkpoint there, on the test rows."""
