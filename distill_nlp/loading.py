@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +172,20 @@ def checkpoint_print(name: str | None, revision: str | None = None) -> dict[str,
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return {"name": name, "revision": revision}
+    found = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    files = [(file, file.stat()) for file in found if file.is_file()]
+    return {"content": _content_of(tuple((file, state.st_size, state.st_mtime_ns) for file, state in files))}
+
+
+@cache
+def _content_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """A hash of files, once for what they are now: path, size and time of the last change."""
     digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        if file.is_file():
-            with open(file, "rb") as stream:
-                while chunk := stream.read(1 << 22):
-                    digest.update(chunk)
-    return {"content": digest.hexdigest()[:16]}
+    for file, _, _ in files:
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

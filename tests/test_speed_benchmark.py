@@ -30,6 +30,7 @@ import loops  # noqa: E402
 import measuring  # noqa: E402
 import plain  # noqa: E402
 import short  # noqa: E402
+import starting  # noqa: E402
 import whole  # noqa: E402
 import workloads  # noqa: E402
 from page_blocks import put_blocks  # noqa: E402
@@ -79,6 +80,22 @@ def test_each_way_on_short_rows_has_a_process_with_its_pages(monkeypatch, studen
     assert pages == 2 * ["0", "0", "1", "0", "1"]
     assert attention == 2 * ["sdpa", ATTENTION_NAME, ATTENTION_NAME, "sdpa", "sdpa"]
     assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+
+
+@pytest.mark.slow
+def test_the_way_to_the_first_step_is_that_of_plain_code_and_of_run(monkeypatch):
+    """Each in a process, which ends at the first step: else it would end with what the training says."""
+    monkeypatch.setattr(starting, "IMPORTS", {"python -c pass": "pass"})
+    (_, imports), (title, found) = starting.tables(PAIR, 48, 1)
+    assert imports["python -c pass"]["cpu_ratio"] == 1
+    assert "tiny pair, 48 rows" in title
+    assert list(found) == list(starting.STARTS)
+    assert all(figures["seconds"] > 1 for figures in found.values())
+
+
+def test_a_process_that_fails_is_said(monkeypatch):
+    with pytest.raises(SystemExit, match="exit code 3: .*no teacher"):
+        starting._process(lambda: "import sys; print('no teacher', file=sys.stderr); sys.exit(3)")(0)
 
 
 def test_bare_loops_and_trainers_have_their_tokens_per_second_and_memory(monkeypatch):

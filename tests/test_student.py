@@ -20,6 +20,8 @@ from transformers import (
 
 from distill_nlp import build_student
 from distill_nlp.capture import enable_attention_capture, forward_with_features
+from distill_nlp.errors import DistillError
+from distill_nlp.loading import checkpoint_print
 from distill_nlp.student import attention_dropout_name
 from distill_nlp.student_layers import select_layers
 
@@ -125,6 +127,22 @@ def test_from_a_checkpoint_keeps_the_body_and_makes_a_head(tmp_path):
     assert student.config.id2label == dict(enumerate(LABELS))
     body, theirs = parameters_of(student.distilbert), parameters_of(source.distilbert)
     assert all(torch.equal(body[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("value", "finite"), [(3e38, True), (float("nan"), False), (float("inf"), False)])
+def test_weights_that_are_not_finite_are_told_from_large_ones(tmp_path, value, finite):
+    """The sum of a few of the largest numbers is infinite, and each of them is not."""
+    broken = make_student()
+    with torch.no_grad():
+        broken.pre_classifier.weight[0, :4] = value
+        if value == float("inf"):
+            broken.pre_classifier.weight[0, 1] = -value
+    broken.save_pretrained(tmp_path)
+    if finite:
+        assert build_student(LABELS, model=str(tmp_path)).pre_classifier.weight[0, 0] == value
+    else:
+        with pytest.raises(DistillError, match="1 of its weights are not finite, the first is .*pre_classifier.weight"):
+            build_student(LABELS, model=str(tmp_path))
 
 
 def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
@@ -388,3 +406,16 @@ def test_gpt2_has_attention_dropout_too():
     small = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50, "pad_token_id": 0}
     for rate, wanted in (("auto", 0.0), (0.25, 0.25), (None, 0.1)):
         assert build_student(LABELS, config=small, attention_dropout=rate).config.attn_pdrop == wanted
+
+
+def test_a_checkpoint_is_known_by_its_content(tmp_path):
+    """Also where a file is written anew under the same name, with as many bytes."""
+    prints = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = make_student()
+        with torch.no_grad():
+            model.classifier.bias.fill_(float(seed))
+        model.save_pretrained(tmp_path)
+        prints.append(checkpoint_print(str(tmp_path)))
+    assert prints[0] == prints[1] != prints[2]

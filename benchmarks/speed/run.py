@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +28,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import accelerator
 import capturing
 import short
+import starting
 import whole
 from loops import LEVERS, Bare, Trained
-from measuring import Pass, measured, table
+from measuring import measured, table
 from page_blocks import put_blocks
 from workloads import MODELS, Pair, batches_of, fixed_rows, imdb_rows, machine, padded_share
 
@@ -93,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="levers: torch.compile'd student as well")
     parser.add_argument("--short", type=_numbers, default="20,64,128", help="of the part short: tokens [20,64,128]")
     parser.add_argument("--shapes", default="32x256,64x512", help="of the part accelerator: rows x tokens")
+    parser.add_argument("--texts", type=int, default=4000, help="of the part start, to be tokenized [4000]")
     capture = parser.add_argument_group("the part capture")
     capture.add_argument("--tokens", type=_numbers, default="128,256,512", help="of a row [128,256,512]")
     capture.add_argument("--maps", choices=("mse", "kl"), default="mse", help="how attention maps are compared [mse]")
@@ -163,26 +163,6 @@ def capture(pair: Pair, options: argparse.Namespace):
             yield title, found
 
 
-def start(pair: Pair, options: argparse.Namespace):
-    """Processes from nothing."""
-    commands = {
-        "python -c pass": "pass",
-        "distill-nlp --help": "from distill_nlp.cli import main; main(['--help'])",
-        "import distill_nlp": "import distill_nlp",
-        "import torch, transformers.Trainer": "import torch; from transformers import Trainer",
-    }
-
-    def process(code: str) -> Pass:
-        def once(seed: int) -> tuple[float, float]:
-            begin = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL)
-            return time.perf_counter() - begin, float("nan")
-
-        return once
-
-    yield "start-up", measured({name: process(code) for name, code in commands.items()}, options.rounds)
-
-
 PART = {
     "steps": steps,
     "defaults": defaults,
@@ -190,7 +170,7 @@ PART = {
     "capture": capture,
     "short": lambda pair, options: short.tables(pair, options.rows, options.short, options.rounds),
     "whole": lambda pair, options: whole.tables(options),
-    "start": start,
+    "start": lambda pair, options: starting.tables(pair, options.texts, options.rounds),
     "accelerator": lambda pair, options: accelerator.tables(pair, options.rows, options.shapes, options.rounds),
 }
 
