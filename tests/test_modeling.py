@@ -32,7 +32,8 @@ def test_in_evaluation_it_is_the_student_and_needs_no_teacher():
     )
     assert isinstance(output, DistillationOutput)
     assert torch.equal(output.logits, expected.logits)
-    assert output.loss == expected.loss
+    # The mean is rounded as a sum over a count, and by some CPUs' kernels otherwise.
+    torch.testing.assert_close(output.loss, expected.loss, rtol=3e-7, atol=0)
     assert list(output) == ["loss", "logits"]
     del batch["labels"]
     assert list(model(**batch)) == ["logits"]
