@@ -37,7 +37,7 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None, file: str =
     Example:
         >>> write_manifest(Path("checkpoints/checkpoint-100"))
     """
-    names = sorted(_files(folder, file) if names is None else names)
+    names = sorted(files_in(folder, file) if names is None else names)
     sync_names(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = list(pool.map(lambda name: _entry(folder / name, is_new=True), names))
@@ -99,7 +99,8 @@ def _names_in(folder: Path, file: str) -> dict[str, Any] | None:
     return None if any(os.path.isabs(name) or ".." in Path(name).parts for name in files) else files
 
 
-def _files(folder: Path, file: str) -> list[str]:
+def files_in(folder: Path, file: str = MANIFEST_FILE) -> list[str]:
+    """Names of all files under a folder but its manifest."""
     return [
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path != folder / file
     ]

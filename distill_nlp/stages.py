@@ -13,7 +13,15 @@ from filelock import FileLock, Timeout
 
 from distill_nlp.durable_files import read_json, remove_leftovers, sync, write_json
 from distill_nlp.errors import DistillError, UsageError
-from distill_nlp.manifests import MANIFEST_FILE, checkpoints, damage, newest_intact, remove_checkpoint, write_manifest
+from distill_nlp.manifests import (
+    MANIFEST_FILE,
+    checkpoints,
+    damage,
+    files_in,
+    newest_intact,
+    remove_checkpoint,
+    write_manifest,
+)
 
 STAGE_FILE = "stage.json"
 # TensorBoard's, as the Trainer names it.
@@ -122,13 +130,8 @@ class StageFolder:
     def finish(self, record: dict[str, Any]) -> None:
         """Writes record and manifest into the result and puts the result in place of an older one."""
         write_json(self.result / STAGE_FILE, {**record, "manifest": MANIFEST_FILE})
-        names = sorted(
-            found.relative_to(self.result).as_posix()
-            for found in self.result.rglob("*")
-            if found.is_file() and found.name != MANIFEST_FILE
-        )
         # A tracker's logs may go or grow: nothing is made of them.
-        write_manifest(self.result, [name for name in names if not name.startswith(f"{TRACKER_FOLDER}/")])
+        write_manifest(self.result, [n for n in files_in(self.result) if not n.startswith(f"{TRACKER_FOLDER}/")])
         shutil.rmtree(self._old, ignore_errors=True)
         if self.path.exists():
             self.path.rename(self._old)

@@ -91,10 +91,11 @@ def choose_sizes(config: Any, width: int | None, heads: int | None, intermediate
         )
     full = width in (None, teacher.width)
     chosen = _within("width", width, teacher.width)
-    if chosen == (own := getattr(config, "embedding_size", teacher.width)) != teacher.width:
+    embedded = getattr(config, "embedding_size", teacher.width)
+    if embedded != teacher.width and chosen == embedded:
         raise ValueError(
-            f"from_teacher.width {chosen} is that of the embeddings, which an {config.model_type} of width {own} takes "
-            f"without the projection that this teacher has: take another width"
+            f"from_teacher.width {chosen} is that of the embeddings, and a {config.model_type} of that width has no "
+            "projection from them, as this teacher has one: take another width"
         )
     neurons = teacher.intermediate_size if full else min(4 * chosen, teacher.intermediate_size)
     if intermediate_size is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -63,6 +64,12 @@ def compared(found: Mapping[str, Sequence[Seconds]]) -> dict[str, Figures]:
             "cpu_ratio": None if busy[0] != busy[0] else statistics.median(busy),
         }
     return figures
+
+
+def cpu_of_children() -> float:
+    """Seconds of CPU time that processes begun here, and ended, have taken."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def in_a_process_of_its_own(function: Callable[..., Any], *arguments: Any) -> Any:

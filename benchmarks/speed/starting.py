@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shlex
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from measuring import Figures, Pass, Seconds, measured
+from measuring import Figures, Pass, Seconds, cpu_of_children, measured
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from workloads import Pair
@@ -54,21 +53,16 @@ def tables(pair: Pair, rows: int, rounds: int) -> Iterator[tuple[str, dict[str, 
 def _process(code: Callable[[], str]) -> Pass:
     def once(seed: int) -> Seconds:
         text = code()
-        used, begin = _of_children(), time.perf_counter()
+        used, begin = cpu_of_children(), time.perf_counter()
         found = subprocess.run(
             [sys.executable, "-c", text], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        wall, cpu = time.perf_counter() - begin, _of_children() - used
+        wall, cpu = time.perf_counter() - begin, cpu_of_children() - used
         if found.returncode:
             raise SystemExit(f"exit code {found.returncode}: {found.stderr[-2000:]}")
         return wall, cpu
 
     return once
-
-
-def _of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def write_material(pair: Pair, folder: Path, rows: int) -> dict[str, Path]:

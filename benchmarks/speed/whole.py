@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shlex
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from unittest import mock
 import numpy as np
 from datasets import load_dataset
 from idle import shares
-from measuring import Figures, Seconds, compared, in_a_process_of_its_own
+from measuring import Figures, Seconds, compared, cpu_of_children, in_a_process_of_its_own
 from plain import half_of
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -193,17 +192,12 @@ def timed(command: list[str]) -> Seconds:
     """
     with tempfile.TemporaryDirectory() as datasets:
         environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"HF_DATASETS_CACHE": datasets}
-        busy, start = _of_children(), time.perf_counter()
+        busy, start = cpu_of_children(), time.perf_counter()
         code = subprocess.run(command, env=environment, cwd=REPOSITORY, stdout=2, check=False).returncode
-        wall, cpu = time.perf_counter() - start, _of_children() - busy
+        wall, cpu = time.perf_counter() - start, cpu_of_children() - busy
     if code:
         raise SystemExit(f"exit code {code} of: {shlex.join(command)}")
     return wall, cpu
-
-
-def _of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _distill(run: Path, seed: int, stage: str, settings: list[str]) -> list[str]:
