@@ -19,6 +19,7 @@ from transformers import pipeline
 
 from distill_nlp.cli import main
 from distill_nlp.config_file import load_experiment
+from distill_nlp.data import load_splits, texts_of
 from distill_nlp.report.statistics import mcnemar
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "accuracy"
@@ -28,7 +29,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "accuracy"
 def bench(monkeypatch):
     """The modules of the benchmark by name; its trainings run in this process."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    modules = {name: importlib.import_module(name) for name in ("grouping", "scores", "table", "run", "images")}
+    modules = {name: importlib.import_module(name) for name in ("grouping", "rest", "scores", "table", "run", "images")}
 
     def in_this_process(command, check, env, cwd):
         assert main(command[3:]) == 0
@@ -55,6 +56,8 @@ def tiny(bench, experiment, tmp_path, monkeypatch):
     more = one | {"base": "tiny", "data": one["data"] | {"unlabeled": "pool.txt"}}
     (sets / "more.yaml").write_text(yaml.safe_dump(more))
     (tmp_path / "pool.txt").write_text("a b c\nd e f g\n" * 5)
+    rest = more | {"data": one["data"] | {"max_train_samples": 20, "max_unlabeled_samples": 8}, "unlabeled_rest": True}
+    (sets / "rest.yaml").write_text(yaml.safe_dump(rest))
     results = tmp_path / "RESULTS.md"
     tables = "<!-- set other -->\nanother table\n\n<!-- set tiny -->\na former table"
     results.write_text(f"above\n<!-- accuracy: begin -->\n{tables}\n<!-- accuracy: end -->\nbelow\n")
@@ -192,9 +195,24 @@ def test_without_write_the_file_stays_and_an_unfinished_recipe_is_left_out(tiny,
     assert not any(line.startswith("| rkd") for line in shown)
 
 
+def test_the_rest_of_the_training_file_is_what_no_model_learned_from(tiny, bench, tmp_path):
+    given = {"data": tmp_path, "teacher": tmp_path, "work": tmp_path / "work", "recipes": ["vanilla_kd"]}
+    options = SimpleNamespace(**given, variants=[], seeds=[0], table=False, precision="fp32")
+    bench["run"].Bench("rest", options)._lay_down("vanilla_kd", "mine")
+    config = load_experiment(tmp_path / "work" / "rest" / "mine.yaml")
+    splits = load_splits(config.data)
+    assert (len(splits.train), len(splits.unlabeled)) == (20, 8)
+    assert texts_of(splits.train).isdisjoint(texts_of(splits.unlabeled))
+    # All of the others lie in the file, and nothing else.
+    all_texts = set(pd.read_parquet(tmp_path / "data" / "train.parquet")["text"])
+    rest = pd.read_parquet(tmp_path / "work" / "rest" / "rest.parquet")
+    assert list(rest) == ["text"]
+    assert set(rest["text"]) == all_texts - {text for (text,) in texts_of(splits.train)}
+
+
 def test_learning_rates_of_all_phases_are_multiplied(tiny, bench, tmp_path):
     options = SimpleNamespace(
-        data=tmp_path, teacher=tmp_path, work=tmp_path, recipes=["tinybert"], variants=[], seeds=[0]
+        data=tmp_path, teacher=tmp_path, work=tmp_path, recipes=["tinybert"], variants=[], seeds=[0], precision="fp32"
     )
     bench["run"].Bench("tiny", options)._lay_down("tinybert", "mine")
     settings = yaml.safe_load((tmp_path / "tiny" / "mine.yaml").read_text())
@@ -204,9 +222,8 @@ def test_learning_rates_of_all_phases_are_multiplied(tiny, bench, tmp_path):
 
 def test_the_budgets_of_the_baselines_are_those_of_no_recipe(tiny, bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench["run"].Bench, "_distill", lambda *_: None)
-    options = SimpleNamespace(
-        data=tmp_path, teacher=tmp_path, work=tmp_path, recipes=["rkd"], variants=[], seeds=[0], jobs=1
-    )
+    given = {"data": tmp_path, "teacher": tmp_path, "work": tmp_path, "recipes": ["rkd"], "variants": []}
+    options = SimpleNamespace(**given, seeds=[0], jobs=1, precision="fp32")
     bench["run"].Bench("tiny", options).train()
     short, long = (yaml.safe_load((tmp_path / "tiny" / f"{name}.yaml").read_text()) for name in ("base", "base_long"))
     budgets = [

@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 from grouping import write_grouped
+from rest import write_rest
 from scores import SetScores
 from table import write_section
 
@@ -75,6 +76,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the cores")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="of all trainings; some CPUs with bfloat16 arithmetic are slower in it [bf16]",
+    )
     parser.add_argument("--table", action="store_true", help="train nothing")
     parser.add_argument("--write", action="store_true", help=f"put the table into {RESULTS.relative_to(REPOSITORY)}")
     return parser.parse_args()
@@ -88,7 +95,8 @@ def _command(name: str, scores: SetScores, options: argparse.Namespace) -> str:
         lists["variants"] = variants
     given = [f"--{name} {','.join(map(str, values))}" for name, values in lists.items()]
     command = "python benchmarks/accuracy/run.py --data DATA --teacher CHECKPOINT --work DIR"
-    return " ".join([command, *given, f"--jobs {options.jobs}"])
+    given += [f"--jobs {options.jobs}"] + ([] if options.precision == "bf16" else [f"--precision {options.precision}"])
+    return " ".join([command, *given])
 
 
 def _listed(known: list[str]) -> Any:
@@ -110,6 +118,7 @@ class Bench:
         self.set = read_settings(HERE / "sets" / f"{name}.yaml", "set")
         self.base = self.set.pop("base", None)
         self.factor = self.set.pop("learning_rate_factor", 1.0)
+        self.set["training"]["precision"] = options.precision
         wanted = self.set.pop("recipes", options.recipes)
         # Folder -> recipe, and what is changed of it.
         self.made: dict[str, tuple[str, dict[str, Any]]] = {
@@ -130,8 +139,11 @@ class Bench:
             elif key in self.set[block]:
                 self.set[block][key] = str((root / self.set[block][key]).resolve())
         groups, single = self.set.pop("groups", None), self.set.pop("single_label", False)
+        pooled = self.set.pop("unlabeled_rest", False)
         if groups is not None:
             self._group_classes(groups, single)
+        if pooled:
+            self._pool_the_rest()
 
     def _group_classes(self, groups: dict[str, list[str]], single: bool) -> None:
         data = self.set["data"]
@@ -139,6 +151,12 @@ class Bench:
             target = self.folder / "data"
             write_grouped(Path(data["dataset"]), target, data["label_column"], data["label_names"], groups, single)
         data |= {"dataset": str(self.folder / "data"), "label_names": list(groups)}
+
+    def _pool_the_rest(self) -> None:
+        data, target = self.set["data"], self.folder / "rest.parquet"
+        if not self.options.table:
+            write_rest(Path(data["dataset"]), target, data["max_train_samples"], data.get("seed", 0))
+        data["unlabeled"] = str(target)
 
     def train(self) -> None:
         if self.base is not None:
@@ -235,7 +253,8 @@ class Bench:
         config = self.folder / f"{folder}.yaml"
         command = [sys.executable, "-m", "distill_nlp", "run", str(config), "--stages", stage, "--no-doctor"]
         command += [] if seed is None else ["--seeds", str(seed)]
-        threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
+        # The teacher is trained alone.
+        threads = max(1, (os.cpu_count() or 1) // (1 if stage == "teacher" else self.options.jobs))
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, cwd=REPOSITORY)
 
     def scores(self) -> SetScores | None:

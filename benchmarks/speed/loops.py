@@ -117,11 +117,12 @@ class Bare:
 
         def loss_of(rows: list[int], target: torch.Tensor | None) -> torch.Tensor:
             batch = batch_of(rows)
+            # Before the student's activations are in memory, as trainers do.
+            if target is None and self.teacher != "none":
+                target = answers(batch, rows)
             with autocast():
                 logits = forward(batch["input_ids"], batch["attention_mask"]).logits.float()
-            if self.teacher == "none":
-                return F.cross_entropy(logits, batch["labels"])
-            return divergence(logits, answers(batch, rows) if target is None else target)
+            return F.cross_entropy(logits, batch["labels"]) if target is None else divergence(logits, target)
 
         def once(seed: int) -> Seconds:
             batches, clock = batches_of(data, size, self.grouped, seed), Clock(device)
