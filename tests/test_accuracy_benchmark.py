@@ -34,7 +34,8 @@ def bench(monkeypatch):
     def in_this_process(command, check, env, cwd):
         assert main(command[3:]) == 0
 
-    monkeypatch.setattr(modules["run"].subprocess, "run", in_this_process)
+    # Its name for the module, not the module's function: a first import of matplotlib asks a process for the fonts.
+    monkeypatch.setattr(modules["run"], "subprocess", SimpleNamespace(run=in_this_process))
     return modules
 
 
@@ -298,7 +299,7 @@ def test_the_table_of_images_is_that_of_the_examples_predictions(bench, tmp_path
     def in_this_process(command):
         return SimpleNamespace(returncode=example.main(command[2:]))
 
-    monkeypatch.setattr(bench["images"].subprocess, "run", in_this_process)
+    monkeypatch.setattr(bench["images"], "subprocess", SimpleNamespace(run=in_this_process))
     places = ["--data", str(tmp_path), "--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", ["images.py", *places, "--seeds", "0,1", "--max_steps", "2", "--write"])
     bench["images"].main()
