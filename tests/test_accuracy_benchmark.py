@@ -158,11 +158,15 @@ def test_a_first_phase_that_recipes_share_is_trained_once(tiny, tmp_path, monkey
 @pytest.mark.slow
 def test_variants_have_a_table_of_their_own_beside_their_recipe(tiny, tmp_path):
     text = tiny(
-        *("--sets", "tiny", "--recipes", "vanilla_kd", "--variants", "vanilla_kd-t8", "--seeds", "0", "--write")
+        *("--sets", "tiny", "--recipes", "vanilla_kd", "--variants", "vanilla_kd-t8", "--seeds", "0", "--write"),
+        *("--no-long-baseline", "--precision", "fp32"),
     )
     assert "<!-- set tiny -->\na former table\n" in text
     own = text.partition("<!-- set tiny-variants -->")[2]
-    assert "--sets tiny --recipes vanilla_kd --seeds 0 --variants vanilla_kd-t8 --jobs 1" in own
+    settings = "--variants vanilla_kd-t8 --no-long-baseline --jobs 1 --precision fp32\n"
+    assert f"--sets tiny --recipes vanilla_kd --seeds 0 {settings}" in own
+    assert "Baselines" not in own
+    assert not (tmp_path / "work" / "tiny" / "base_long").exists()
     assert [line.split("|")[1].strip() for line in own.splitlines() if line.startswith("| ")][-2:] == [
         "vanilla_kd",
         "vanilla_kd-t8",
@@ -198,7 +202,7 @@ def test_without_write_the_file_stays_and_an_unfinished_recipe_is_left_out(tiny,
 
 def test_the_rest_of_the_training_file_is_what_no_model_learned_from(tiny, bench, tmp_path):
     given = {"data": tmp_path, "teacher": tmp_path, "work": tmp_path / "work", "recipes": ["vanilla_kd"]}
-    options = SimpleNamespace(**given, variants=[], seeds=[0], table=False, precision="fp32")
+    options = SimpleNamespace(**given, variants=[], seeds=[0], table=False, precision="fp32", no_long_baseline=False)
     bench["run"].Bench("rest", options)._lay_down("vanilla_kd", "mine")
     config = load_experiment(tmp_path / "work" / "rest" / "mine.yaml")
     splits = load_splits(config.data)
@@ -212,9 +216,8 @@ def test_the_rest_of_the_training_file_is_what_no_model_learned_from(tiny, bench
 
 
 def test_learning_rates_of_all_phases_are_multiplied(tiny, bench, tmp_path):
-    options = SimpleNamespace(
-        data=tmp_path, teacher=tmp_path, work=tmp_path, recipes=["tinybert"], variants=[], seeds=[0], precision="fp32"
-    )
+    given = {"data": tmp_path, "teacher": tmp_path, "work": tmp_path, "recipes": ["tinybert"], "variants": []}
+    options = SimpleNamespace(**given, seeds=[0], precision="fp32", no_long_baseline=False)
     bench["run"].Bench("tiny", options)._lay_down("tinybert", "mine")
     settings = yaml.safe_load((tmp_path / "tiny" / "mine.yaml").read_text())
     sections = [settings["training"], *(phase["training"] for phase in settings["phases"])]
@@ -224,7 +227,7 @@ def test_learning_rates_of_all_phases_are_multiplied(tiny, bench, tmp_path):
 def test_the_budgets_of_the_baselines_are_those_of_no_recipe(tiny, bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench["run"].Bench, "_distill", lambda *_: None)
     given = {"data": tmp_path, "teacher": tmp_path, "work": tmp_path, "recipes": ["rkd"], "variants": []}
-    options = SimpleNamespace(**given, seeds=[0], jobs=1, precision="fp32")
+    options = SimpleNamespace(**given, seeds=[0], jobs=1, precision="fp32", no_long_baseline=False)
     bench["run"].Bench("tiny", options).train()
     short, long = (yaml.safe_load((tmp_path / "tiny" / f"{name}.yaml").read_text()) for name in ("base", "base_long"))
     budgets = [

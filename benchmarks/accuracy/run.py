@@ -74,6 +74,9 @@ def _arguments() -> argparse.Namespace:
         default=[],
         help=f"changed recipes, in a table of their own: {','.join(variants)}",
     )
+    parser.add_argument(
+        "--no-long-baseline", action="store_true", help="train no baselines of twice the steps and more learning rate"
+    )
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the cores")
     parser.add_argument(
@@ -95,6 +98,7 @@ def _command(name: str, scores: SetScores, options: argparse.Namespace) -> str:
         lists["variants"] = variants
     given = [f"--{name} {','.join(map(str, values))}" for name, values in lists.items()]
     command = "python benchmarks/accuracy/run.py --data DATA --teacher CHECKPOINT --work DIR"
+    given += ["--no-long-baseline"] if options.no_long_baseline else []
     given += [f"--jobs {options.jobs}"] + ([] if options.precision == "bf16" else [f"--precision {options.precision}"])
     return " ".join([command, *given])
 
@@ -129,6 +133,7 @@ class Bench:
             changes = dict(variants[name])
             self.made[name] = (changes.pop("recipe"), changes)
         self.recipes = list(self.made)
+        self.baselines = {name: BASELINES[name] for name in list(BASELINES)[: 1 if options.no_long_baseline else None]}
         for block, key, root in (
             ("data", "dataset", options.data),
             ("data", "unlabeled", options.data),
@@ -161,10 +166,10 @@ class Bench:
     def train(self) -> None:
         if self.base is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in BASELINES:
+            for name in self.baselines:
                 if not (self.folder / name).exists():
                     (self.folder / name).symlink_to(Path("..") / self.base / name)
-        for name, changes in BASELINES.items():
+        for name, changes in self.baselines.items():
             self._lay_down("vanilla_kd", name, changes)
         if self.base is None:
             self._distill("base", "teacher")
@@ -172,13 +177,13 @@ class Bench:
             raise SystemExit(f"{self.name} takes teacher and baseline of {self.base}: run that set first")
         for name, (recipe, changes) in self.made.items():
             self._lay_down(recipe, name, changes)
-        for name in (*BASELINES, *self.recipes):
+        for name in (*self.baselines, *self.recipes):
             own = self.folder / name
             own.mkdir(parents=True, exist_ok=True)
             if not (own / "teacher").exists():
                 (own / "teacher").symlink_to(Path("..") / "base" / "teacher")
         seeds = self.options.seeds if self.base is None else []
-        jobs = [(name, "baseline", seed) for seed in seeds for name in BASELINES]
+        jobs = [(name, "baseline", seed) for seed in seeds for name in self.baselines]
         sharing = self._sharing()
         first = [recipe for recipe in self.recipes if recipe not in sharing]
         # Recipe by recipe: what a killed run leaves behind is whole rows of the table.
@@ -259,7 +264,7 @@ class Bench:
 
     def scores(self) -> SetScores | None:
         """Of the models that are finished for all seeds; None where teacher or baselines are not."""
-        kinds = [f"{name}/baseline" for name in BASELINES]
+        kinds = [f"{name}/baseline" for name in self.baselines]
         needed = ["base/teacher", *(path for kind in kinds for path in self._seeds(kind))]
         if not all(map(self._finished, needed)):
             return None
