@@ -171,6 +171,7 @@ def test_variants_have_a_table_of_their_own_beside_their_recipe(tiny, tmp_path):
         "vanilla_kd",
         "vanilla_kd-t8",
     ]
+    assert "Variants, points of right rows, all seeds: vanilla_kd-t8 " in own
     laid_down = [
         yaml.safe_load((tmp_path / "work" / "tiny" / f"{name}.yaml").read_text())
         for name in ("vanilla_kd", "vanilla_kd-t8")
@@ -277,6 +278,19 @@ def test_a_row_counts_once_however_many_seeds_saw_it(bench):
     difference = student.astype(float) - baseline
     t = difference.mean() / (difference.std(ddof=1) / np.sqrt(200))
     assert one == pytest.approx(2 * distribution.sf(abs(t), 199))
+
+
+def test_a_variant_is_compared_with_its_recipe_row_by_row(bench):
+    rng = np.random.default_rng(1)
+    variant, recipe, baseline = ([rng.random(300) < share for _ in range(2)] for share in (0.9, 0.8, 0.5))
+    known = _Known(bench["scores"], variant, baseline)
+    known.found["plain/student"] = recipe
+    known.scores.variant_of = {"recipe": "plain"}
+    lead, p = known.scores.against_recipe("recipe")
+    difference = np.mean([one.astype(float) - other for one, other in zip(variant, recipe, strict=True)], axis=0)
+    assert lead == pytest.approx(difference.mean())
+    t = difference.mean() / (difference.std(ddof=1) / np.sqrt(300))
+    assert p == pytest.approx(2 * distribution.sf(abs(t), 299))
 
 
 def test_the_same_answers_are_no_difference(bench):

@@ -274,7 +274,9 @@ class Bench:
             if self._is_as_now(recipe) and all(map(self._finished, self._seeds(f"{recipe}/student")))
         ]
         name = f"{self.name}-variants" if self.options.variants else self.name
-        return SetScores(name, self.folder, self.options.seeds, done, kinds)
+        beside = {own: self.made[own][0] for own in done if own in self.options.variants}
+        variant_of = {own: recipe for own, recipe in beside.items() if recipe in done}
+        return SetScores(name, self.folder, self.options.seeds, done, kinds, variant_of)
 
     def _seeds(self, kind: str) -> Iterator[str]:
         return (f"{kind}/seed-{seed}" for seed in self.options.seeds)

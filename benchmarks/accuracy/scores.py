@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class SetScores:
         seeds: of baselines and students.
         recipes: that are finished for all seeds.
         baselines: folders of the baselines of each budget.
+        variant_of: name of a changed recipe -> the recipe, where both are among `recipes`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class SetScores:
     seeds: list[int]
     recipes: list[str]
     baselines: Sequence[str] = ("base/baseline",)
+    variant_of: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _materials(self) -> Materials:
@@ -144,20 +146,21 @@ class SetScores:
 
         The first is of `paired_over_seeds`.
         """
-        pairs = [
-            (self.right(f"{recipe}/student/seed-{seed}"), self.right(f"{self.baseline}/seed-{seed}"))
-            for seed in self.seeds
-        ]
+        pairs = self._pairs(f"{recipe}/student", self.baseline)
         return paired_over_seeds(pairs), [mcnemar(student, baseline)["p_value"] for student, baseline in pairs]
 
     def leads(self, recipe: str) -> list[float]:
         """Of each seed, the part of the test rows that the student has right less that of the baseline."""
-        return [
-            float(
-                self.right(f"{recipe}/student/seed-{seed}").mean() - self.right(f"{self.baseline}/seed-{seed}").mean()
-            )
-            for seed in self.seeds
-        ]
+        return _leads(self._pairs(f"{recipe}/student", self.baseline))
+
+    def against_recipe(self, variant: str) -> tuple[float, float]:
+        """By how much of the test rows a variant has more right than its recipe, mean over seeds, and the p-value."""
+        pairs = self._pairs(f"{variant}/student", f"{self.variant_of[variant]}/student")
+        return float(np.mean(_leads(pairs))), paired_over_seeds(pairs)
+
+    def _pairs(self, one: str, other: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each seed, which rows the one has right, and which the other."""
+        return [(self.right(f"{one}/seed-{seed}"), self.right(f"{other}/seed-{seed}")) for seed in self.seeds]
 
     def finals(self, kind: str) -> list[dict[str, Any]]:
         """Of each seed the record of the last stage of `BUDGET/baseline` or `RECIPE/student`."""
@@ -175,6 +178,10 @@ class SetScores:
 
     def _record(self, kind: str, stage: str) -> dict[str, Any]:
         return json.loads((self.folder / kind / stage / "stage.json").read_text())
+
+
+def _leads(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    return [float(one.mean() - other.mean()) for one, other in pairs]
 
 
 def _entropies(logits: np.ndarray, several: bool) -> np.ndarray:

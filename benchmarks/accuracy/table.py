@@ -79,6 +79,10 @@ def _table(scores: SetScores) -> str:
         tried = scores.validation([f"{recipe}/student" for recipe in scores.recipes]).values()
         students = ", ".join(f"{recipe} {value:.4f}" for recipe, value in zip(scores.recipes, tried, strict=True))
         lines += ["", f"Students, mean of the validation scores: {students}."]
+    if scores.variant_of:
+        compared = [(name, recipe, *scores.against_recipe(name)) for name, recipe in scores.variant_of.items()]
+        shown = ", ".join(f"{name} {100 * lead:+.2f} to {recipe} (p = {p:.1g})" for name, recipe, lead, p in compared)
+        lines += ["", f"Variants, points of right {'rows' if not of else 'sets of labels'}, all seeds: {shown}."]
     return "\n".join(lines)
 
 
