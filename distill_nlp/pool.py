@@ -175,7 +175,7 @@ def _pool(dataset: Any, label_order: Sequence[int] | None) -> tuple[np.ndarray, 
     unlabeled = np.flatnonzero(~labeled_rows(dataset))
     if not len(unlabeled):
         raise ValueError("there are no unlabelled rows (label -100) for the teacher's answers to judge")
-    logits = _logits(dataset)
+    logits = cached_logits(dataset)
     if logits.shape[1] < 2:
         raise ValueError("the teacher gives one logit, which is no choice between classes: at least 2 are needed")
     if label_order is not None:
@@ -188,7 +188,7 @@ def _pool(dataset: Any, label_order: Sequence[int] | None) -> tuple[np.ndarray, 
     return unlabeled, logits
 
 
-def _logits(dataset: Any) -> np.ndarray:
+def cached_logits(dataset: Any) -> np.ndarray:
     """(N, C) the column of the teacher's logits."""
     import pyarrow.compute as pc
 

@@ -14,8 +14,10 @@ from distill_nlp.fingerprints import Fingerprints
 from distill_nlp.labels import label_order
 from distill_nlp.loading import load_classifier, load_config
 from distill_nlp.losses import CrossEntropyLoss
+from distill_nlp.losses.base import MULTI_LABEL
 from distill_nlp.out_of_memory import memory_errors
 from distill_nlp.pool import add_pseudo_labels, drop_unconfident
+from distill_nlp.soft_targets import soft_targets
 from distill_nlp.stage_runner import StageRunner
 from distill_nlp.stage_training import TrainingJob
 from distill_nlp.stages import StageFolder
@@ -145,6 +147,8 @@ class TeacherStages:
         config, restrict = self._answers_config, self.materials.lead.settings.restrict_labels
         order = label_order(config, self._with_data_labels(config), restrict)
         try:
+            if data.unlabeled is None:
+                self._tell_of_soft_targets(rows, order)
             if data.unlabeled_min_confidence is not None:
                 rows, counts = drop_unconfident(rows, data.unlabeled_min_confidence, order)
                 self.runner.say("data", counts.summary(self.materials.label_names))
@@ -154,6 +158,20 @@ class TeacherStages:
         except ValueError as error:
             raise UsageError(f"data.unlabeled: {error}") from error
         return rows if cached else rows.remove_columns(TEACHER_LOGITS)
+
+    def _tell_of_soft_targets(self, rows: Any, order: list[int] | None) -> None:
+        if (found := soft_targets(rows, order)) is None:
+            return
+        line = found.summary()
+        several = self.materials.splits.problem_type == MULTI_LABEL
+        # A phase of its own before or after may take what the answers lack.
+        alone = not self.prints.experiment.phases and not self.materials.objective.pooled_states()
+        if alone and found.say_little and not several:
+            line += (
+                "; WARNING: that is little more than the labels say. More is in texts that the teacher has not learned "
+                "from (--data.unlabeled), and in its states and relations (configs/recipes/all_in_one.yaml)"
+            )
+        self.runner.say("soft targets", line)
 
     def _answered(self, states: set[tuple[int, str]]) -> Any:
         """The students' rows with the teachers' answers beside them."""
