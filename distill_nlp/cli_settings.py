@@ -65,6 +65,8 @@ def value_of(text: str, name: str, field: FieldInfo) -> Any:
     if "list" in str(field.annotation) and not text.lstrip().startswith("[") and "," in text:
         return [part.strip() if of_text else _yaml(part, name) for part in text.split(",")]
     value = _yaml(text, name)
+    if field.annotation == list[str]:
+        return [text] if isinstance(value, str) else value
     return [value] if field.annotation == list[int] and isinstance(value, int) else value
 
 

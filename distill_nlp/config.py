@@ -293,24 +293,24 @@ class Experiment(Section):
 
     def teacher_training(self) -> TrainingSection:
         """`training` with the teacher's own settings over it, but for what is the students' alone."""
-        students = {"freeze", "unfreeze_every", "unlabeled_ratio"}
-        training = laid_over(self.given_training, self.teacher.training, "teacher.training", without=students)
-        training.unlabeled_ratio = None
-        return self._of_data(training)
+        without = {"freeze", "unfreeze_every", "unlabeled_ratio"}
+        training = self._with_own(self.teacher.training, "teacher.training", without)
+        return training.model_copy(update={"unlabeled_ratio": None})
 
     @property
     def given_training(self) -> TrainingSection:
         """What several trainings share: `training` without what follows from the steps of one of them."""
         return TrainingSection(**self.training.model_dump(exclude_unset=True, exclude=self._added))
 
-    def _of_data(self, section: TrainingSection) -> TrainingSection:
+    def _with_own(self, own: TrainingSection, name: str, without: set[str] | None = None) -> TrainingSection:
+        section = laid_over(self.given_training, own, name, without or (), by_epochs=not self.data.streaming)
         return streamed_training(section) if self.data.streaming else section
 
     def student_trainings(self) -> list[Experiment]:
         """The experiment as each phase of the student sees it; itself where there are none."""
         found = []
         for i, phase in enumerate(self.phases):
-            training = self._of_data(laid_over(self.given_training, phase.training, f"phases.{i}.training"))
+            training = self._with_own(phase.training, f"phases.{i}.training")
             losses = self.losses if phase.losses is None else phase.losses
             found.append(self.model_copy(update={"losses": losses, "training": training, "phases": []}))
         return found or [self]

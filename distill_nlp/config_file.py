@@ -43,7 +43,8 @@ def load_experiment(path: str | Path, overrides: dict[str, Any] | None = None) -
     try:
         experiment = Experiment.model_validate(settings)
     except ValidationError as error:
-        lines = [one_line(_explain(e)) for e in error.errors()]
+        # A phase is validated as it stands and again with what it is laid over.
+        lines = list(dict.fromkeys(one_line(_explain(e)) for e in error.errors()))
         if len(lines) == 1:
             raise UsageError(f"{path}: {lines[0]}") from None
         raise UsageError(f"{path}: {len(lines)} settings are wrong", lines) from None
@@ -163,8 +164,8 @@ def _refuse_what_phases_hide(experiment: Experiment, names: Iterable[str]) -> No
             own = "losses of its own"
             instead = [i for i, phase in enumerate(phases) if rest.partition(".")[0] in (phase.losses or {})]
         elif name in ("training.num_train_epochs", "training.max_steps"):
-            # Steps come before epochs.
-            lengths = {rest, "max_steps"}
+            # Steps come before epochs, but a training's own epochs before steps that are shared; a stream has none.
+            lengths = {rest, "max_steps"} if experiment.data.streaming else {"num_train_epochs", "max_steps"}
             hidden = all(lengths & phase.training.model_fields_set for phase in phases)
             own, instead = "a length of its own", list(range(len(phases)))
         else:

@@ -27,6 +27,15 @@ class FromTeacher(Section):
     heads: int | None = Field(None, ge=1, description="attention heads; else as many as keep the size of a head")
     intermediate_size: int | None = Field(None, ge=1, description="feed-forward neurons; 4 x width where not given")
 
+    @field_validator("select", mode="before")
+    @classmethod
+    def _choice_or_blocks(cls, value: Any) -> Any:
+        # Of a union, pydantic would say what is wrong once for each member.
+        blocks = isinstance(value, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+        if value in ("uniform", "first", "last") or blocks:
+            return value
+        raise ValueError(f"expected uniform, first, last, or a list of block numbers, got {value!r}")
+
     def chosen(self) -> dict[str, Any]:
         """All settings, the optional ones where they are not at their default."""
         first = {"layers", "select", "architecture"}

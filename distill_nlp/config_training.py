@@ -178,13 +178,14 @@ def _with_auto_size(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def laid_over(
-    below: TrainingSection, above: TrainingSection, name: str, without: Collection[str] = ()
+    below: TrainingSection, above: TrainingSection, name: str, without: Collection[str] = (), by_epochs: bool = True
 ) -> TrainingSection:
     """The settings that are given in two sections; where both give one, that of the upper one.
 
     Args:
         name: of the upper one, for messages.
         without: settings of the lower one that do not count.
+        by_epochs: whether a training may last so many epochs; a stream's has no known end.
 
     Raises:
         ValueError: they contradict each other.
@@ -197,6 +198,9 @@ def laid_over(
         left_out.add("per_device_train_batch_size")
     if own.get("bf16") or own.get("fp16"):
         left_out |= {"bf16", "fp16"}
+    # Steps come before epochs where both are set; here the epochs are this training's own.
+    if by_epochs and "num_train_epochs" in own and "max_steps" not in own:
+        left_out.add("max_steps")
     # What has nothing to go by in this training is not for it.
     if own.get("eval_strategy") == "no":
         left_out |= {"early_stopping_patience", "early_stopping_threshold"}

@@ -114,7 +114,8 @@ class Materials:
         """
         data, student = self.experiment.data, self.experiment.student
         _ = self.readers
-        if data.tokenizer is None or (student.model is None and student.from_teacher is None):
+        copied = student.from_teacher is not None and self.lead.own_tokenizer is not None  # None: it is from scratch
+        if data.tokenizer is None or (student.model is None and not copied):
             return
         if student.model is not None:
             where, own = f"student.model {student.model}", load_tokenizer(student.model, student.revision)

@@ -105,7 +105,7 @@ class Pipeline:
         if self.state.is_main_process and (set(stages) != {"report"} or (self.root / CONFIG_FILE).is_file()):
             write_json(self.root / CONFIG_FILE, _settings(self.experiment))
         if "teacher" in stages and self.teachers.train() and doctor:
-            self._heed(partial(examine_teachers, self.materials, self.prints))
+            self._heed(partial(examine_teachers, self.students.view_of_answers, self.prints))
         for seed in self.experiment.seeds:
             if "baseline" in stages:
                 self.students.baseline(seed)

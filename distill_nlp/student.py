@@ -98,6 +98,8 @@ def build_student(
     if from_teacher is not None:
         if teacher is None:
             raise ValueError("from_teacher needs the teacher's model")
+        if "layers" not in from_teacher:
+            raise ValueError("from_teacher.layers is needed: the number of blocks")
         same = from_teacher.get("architecture") == "same"
         settings |= _dropout(
             teacher.config if same else AutoConfig.for_model("distilbert"), attention_dropout, settings

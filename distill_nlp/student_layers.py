@@ -15,7 +15,7 @@ from distill_nlp.layer_mapping import map_layers
 from distill_nlp.loading import check_settings
 from distill_nlp.modeling import is_peft_model
 from distill_nlp.student_head import State, distilbert_head, head_state
-from distill_nlp.student_width import Sizes, choose_sizes, cut
+from distill_nlp.student_width import Sizes, choose_sizes, cut, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def select_layers(select: str | Sequence[int], layers: int, teacher_depth: int) 
     Raises:
         ValueError: a number out of range, or an unknown choice.
     """
-    if not isinstance(layers, int) or not 1 <= layers <= teacher_depth:
+    if not is_whole(layers) or not 1 <= layers <= teacher_depth:
         raise ValueError(f"from_teacher.layers must be in 1..{teacher_depth} (the teacher's depth), got {layers!r}")
     if select == "last":
         return list(range(teacher_depth - layers + 1, teacher_depth + 1))
@@ -133,7 +133,7 @@ def select_layers(select: str | Sequence[int], layers: int, teacher_depth: int) 
         if select not in ("uniform", "first"):
             raise ValueError(f"from_teacher.select must be uniform, first, last or a list, got {select!r}")
         return [t for _, t in map_layers(select, layers, teacher_depth)]
-    if len(select) != layers or not all(1 <= block <= teacher_depth for block in select):
+    if len(select) != layers or not all(is_whole(block) and 1 <= block <= teacher_depth for block in select):
         raise ValueError(
             f"from_teacher.select must name {layers} blocks in 1..{teacher_depth}, counted from 1, got {list(select)}"
         )

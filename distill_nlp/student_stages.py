@@ -53,6 +53,11 @@ class StudentStages:
         """The materials as each phase sees them."""
         return [materials for _, materials, _ in self._phases]
 
+    @property
+    def view_of_answers(self) -> Materials:
+        """The materials as the first phase whose losses read the teacher's answers sees them; else the first."""
+        return next((view for view in self.views if view.objective.reads_answers), self.views[0])
+
     def check(self) -> None:
         """Builds the student and sizes the losses of all phases once; raises as `Materials.objective` does."""
         for materials in self.views:

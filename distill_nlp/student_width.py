@@ -109,7 +109,7 @@ def choose_sizes(config: Any, width: int | None, heads: int | None, intermediate
                 f"(the teacher's): take a multiple of {largest}"
             )
         return Sizes(chosen, fitting[0], neurons)
-    if heads not in fitting:
+    if not is_whole(heads) or heads not in fitting:
         possible = ", ".join(map(str, fitting)) or "none"
         raise ValueError(
             f"from_teacher.heads must share the width {chosen} among at most {teacher.heads} heads of at most "
@@ -121,9 +121,14 @@ def choose_sizes(config: Any, width: int | None, heads: int | None, intermediate
 def _within(name: str, value: int | None, limit: int) -> int:
     if value is None:
         return limit
-    if not 1 <= value <= limit:
-        raise ValueError(f"from_teacher.{name} must be in 1..{limit} (the teacher's), got {value}")
+    if not is_whole(value) or not 1 <= value <= limit:
+        raise ValueError(f"from_teacher.{name} must be in 1..{limit} (the teacher's), got {value!r}")
     return value
+
+
+def is_whole(value: Any) -> bool:
+    """A number of layers, columns or heads; a truth value is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @torch.no_grad()

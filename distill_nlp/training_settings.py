@@ -112,7 +112,8 @@ def training_arguments(
                 **values,
                 "output_dir": str(output_dir),
                 "seed": seed,
-                "save_strategy": strategy,
+                # Without evaluations too: a killed training goes on from its last checkpoint.
+                "save_strategy": "epoch" if strategy == "no" else strategy,
                 "save_steps": values["eval_steps"] or 500,
                 "load_best_model_at_end": strategy != "no" and not keeps_last,
                 "greater_is_better": values["metric_for_best_model"] != "loss",

@@ -189,6 +189,9 @@ def test_values_of_the_command_line_are_yaml():
     assert value("no", "data.config_name") == "no"
     assert value("@x", "output_dir") == "@x"
     assert value("no,yes", "data.label_names") == ["no", "yes"]
+    assert value("embeddings", "training.freeze") == ["embeddings"]
+    assert value("[layer.1]", "training.freeze") == ["layer.1"]
+    assert value("[]", "training.freeze") == []
     assert value("null", "data.max_train_samples") is None
     assert value("true", "training.bf16") is True
     with pytest.raises(UsageError, match="--training.bf16: '@' is not valid YAML"):
@@ -312,6 +315,7 @@ def write_text(tmp_path):
 
 
 PHASED = Path(__file__).parent.parent / "configs" / "recipes" / "all_in_one.yaml"
+RECIPE = PHASED.with_name("vanilla_kd.yaml")
 
 
 def test_a_setting_of_a_phase_has_its_number_in_its_name():
@@ -393,12 +397,42 @@ def test_a_precision_of_a_phase_that_another_override_takes_away_is_none():
     assert load_experiment(PHASED, words).phases[0].training.model_fields_set == set()
 
 
-def test_what_a_phase_leaves_open_may_be_set_for_all():
-    trainings = [one.training for one in load_experiment(PHASED, {"training.max_steps": 7}).student_trainings()]
-    assert [training.max_steps for training in trainings] == [7, 7]
+def test_what_a_phase_leaves_open_may_be_set_for_all(write_text):
+    with pytest.raises(UsageError, match="training.max_steps does not reach the student: each phase has a length"):
+        load_experiment(PHASED, {"training.max_steps": 7})
+    text = PHASED.read_text().replace("training: {num_train_epochs: 3}", "training: {}")
+    made = load_experiment(write_text(text), {"training.max_steps": 7})
+    trainings = [one.training for one in made.student_trainings()]
+    assert [(training.max_steps, training.num_train_epochs) for training in trainings] == [(-1, 5), (7, 3)]
     # Without phases they are the experiment's again.
     plain = load_experiment(PHASED, {"phases": [], "losses.kl.temperature": 3, "training.num_train_epochs": 2})
     assert plain.losses["kl"].arguments() == {"temperature": 3}
+
+
+def test_a_training_with_epochs_of_its_own_does_not_take_the_steps_that_are_shared():
+    shortened = load_experiment(RECIPE, {"training.max_steps": 500})
+    teacher = shortened.teacher_training()
+    assert (shortened.training.max_steps, teacher.max_steps, teacher.num_train_epochs) == (500, -1, 2)
+    both = load_experiment(RECIPE, {"training.max_steps": 500, "teacher.training.max_steps": 9}).teacher_training()
+    assert (both.max_steps, both.num_train_epochs) == (9, 2)
+    # A stream has no epochs that end.
+    streamed = {"data.streaming": True, "data.validation_split": "test", "training.max_steps": 500}
+    assert load_experiment(RECIPE, streamed).teacher_training().max_steps == 500
+
+
+def test_one_mistake_is_said_once():
+    for name, value in {
+        "phases.1.training.freeze": "body",
+        "phases.1.training.learning_rate": "fast",
+        "student.from_teacher.select": 3,
+    }.items():
+        with pytest.raises(UsageError) as error:
+            load_experiment(PHASED, {name: value})
+        assert "settings are wrong" not in str(error.value)
+        assert name in str(error.value)
+    for wrong in ([1, True], [1.0], "middle", ["a"]):
+        with pytest.raises(UsageError, match="select: .*expected uniform, first, last, or a list of block numbers"):
+            load_experiment(PHASED, {"student.from_teacher.select": wrong})
 
 
 def test_early_stopping_is_for_the_phases_that_evaluate():

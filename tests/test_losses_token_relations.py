@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import features, numeric_gradient
 from references_attention import reference_token_relations
+from transformers import BertConfig, MobileBertConfig, ModernBertConfig
 
 from distill_nlp.losses import ModelShape, TokenRelationLoss, chunking
 from distill_nlp.outputs import AttentionInputs
@@ -46,6 +47,25 @@ def bound(student_heads=(2, 3), teacher_heads=(2, 3), **settings):
     loss = TokenRelationLoss(**settings)
     loss.bind(shape(student_heads), shape(teacher_heads, 4))
     return loss
+
+
+def test_relation_heads_that_do_not_divide_a_width_are_found_before_a_training():
+    config = BertConfig(hidden_size=96, num_attention_heads=4, num_labels=3)
+    teacher = ModelShape.from_config(config)
+    student = ModelShape.from_config(BertConfig(hidden_size=64, num_attention_heads=4, num_labels=3))
+    with pytest.raises(
+        ValueError, match=r"relation_heads 48 does not divide .* \(64 and 96\); there are 1, 2, 4, 8, 16, 32"
+    ):
+        TokenRelationLoss(relation_heads=48).bind(student, teacher)
+    TokenRelationLoss(relation_heads=32).bind(student, teacher)
+    # By the width of the queries, where that is another than that of the states.
+    wide = ModelShape.from_config(ModernBertConfig(hidden_size=96, num_attention_heads=4, head_dim=32, num_labels=3))
+    assert wide.attention_width == 128
+    TokenRelationLoss(relation_heads=64).bind(student, wide)
+    narrow = ModelShape.from_config(MobileBertConfig(hidden_size=512, intra_bottleneck_size=128, num_labels=3))
+    assert narrow.attention_width == 128
+    unknown = ModelShape(num_labels=3, num_layers=2)
+    TokenRelationLoss(relation_heads=48).bind(unknown, ModelShape(num_labels=3, num_layers=2))
 
 
 def attentions(tensors):

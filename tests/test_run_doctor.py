@@ -61,10 +61,15 @@ def test_a_teacher_at_chance_stops_doctor_and_run_with_code_2_and_no_doctor_goes
 
 
 @pytest.mark.slow
-def test_a_teacher_that_learned_nothing_is_found_after_its_training(experiment, tmp_path, capsys, many_rows):
+@pytest.mark.parametrize(
+    "changes",
+    [{"losses": KL}, {"losses": {}, "phases": [{"losses": {"hidden": {}}}, {"losses": KL}]}],
+    ids=["one phase", "two phases"],
+)
+def test_a_teacher_that_learned_nothing_is_found_after_its_training(experiment, tmp_path, capsys, many_rows, changes):
     config = experiment(
         data__dataset=many_rows,
-        losses=KL,
+        **changes,
         teacher__training={"max_steps": 1, "learning_rate": 1.0e-6, "eval_strategy": "no", "eval_steps": None},
     )
     assert main(["run", str(config)]) == 2

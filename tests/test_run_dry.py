@@ -34,6 +34,20 @@ def test_a_dry_run_of_an_ensemble_with_a_cached_config_needs_no_finished_teacher
     assert "teacher-2            dry run" not in capsys.readouterr().err
 
 
+def test_a_student_of_the_trained_layers_of_a_teacher_from_scratch(experiment, tmp_path, capsys):
+    config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = {
+        "teacher": {"config": config | {"intermediate_size": 16}, "training": {"max_steps": 2}},
+        "student": {"from_teacher": {"layers": 1, "weights": "finetuned"}},
+        "losses": {"kl": {}},
+        "data__tokenizer": str(tmp_path / "backbone"),
+    }
+    made = str(experiment(**settings))
+    assert main(["run", made, "--dry-run"]) == 0
+    assert "student, seed 0      dry run" in capsys.readouterr().err
+    assert main(["run", made, "--no-doctor", "--stages", "teacher,student"]) == 0
+
+
 def test_what_does_not_fit_ends_a_dry_run_with_code_2(experiment, capsys):
     assert main(["run", str(experiment(losses={"hidden": {"layers": [[9, 9]]}})), "--dry-run"]) == 2
     assert "layers" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill_nlp.cli import main
+from distill_nlp.trainer import DistillationTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_doctor")]
 
@@ -121,6 +122,30 @@ def test_an_interrupted_second_phase_goes_on_and_ends_like_an_uninterrupted_one(
     said = ends_alike(str(experiment(phases=TWO)), interrupted_at=2)
     assert "student 0, phase 1   done already" in said
     assert "going on from checkpoint-2" in said
+
+
+def test_a_killed_phase_without_evaluations_goes_on_from_its_last_epoch(experiment, tmp_path, capsys, monkeypatch):
+    first = {"losses": {"hidden": {}}, "training": {"num_train_epochs": 3, "eval_strategy": "no"}}
+    settings = {"phases": [first, TWO[1]], "training": {"per_device_train_batch_size": 8}}
+    config = str(experiment(**settings, output_dir=str(tmp_path / "whole")))
+    stages = ["--stages", "teacher,student"]
+    assert main(["run", config, *stages]) == 0
+    epoch = record_of(tmp_path / "whole" / "student" / "seed-0-phase-1")["steps"] // 3
+    step = DistillationTrainer.training_step
+
+    def killed(self, *arguments, **keywords):
+        if self.state.global_step == 2 * epoch + 1 and "hidden" in self.objective.losses:
+            raise RuntimeError("as if by a power cut: nothing is saved")
+        return step(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "training_step", killed)
+        assert main(["run", config, *stages, "--output_dir", str(tmp_path / "second")]) == 1
+    capsys.readouterr()
+    assert main(["run", config, *stages, "--output_dir", str(tmp_path / "second")]) == 0
+    assert f"going on from checkpoint-{2 * epoch}" in capsys.readouterr().err
+    weights = [load_file(tmp_path / name / "student" / "seed-0" / "model.safetensors") for name in ("whole", "second")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_phase_without_losses_has_the_experiments_and_the_cache_is_filled_for_those_that_use_it(experiment, capsys):

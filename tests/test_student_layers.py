@@ -324,6 +324,24 @@ def test_other_overrides_reach_the_model():
 
 
 @pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({}, "from_teacher.layers is needed"),
+        ({"layers": True}, "layers must be in 1..4 .* got True"),
+        ({"layers": 2, "select": [True, 2]}, r"select must name 2 blocks .* got \[True, 2\]"),
+        ({"layers": 2, "select": [1.0, 2.0]}, r"select must name 2 blocks .* got \[1.0, 2.0\]"),
+        ({"layers": 2, "select": ["a", "b"]}, r"select must name 2 blocks .* got \['a', 'b'\]"),
+        ({"layers": 2, "width": 16.0}, "from_teacher.width must be in 1..32 .* got 16.0"),
+        ({"layers": 2, "heads": True}, "heads"),
+        ({"layers": 2, "intermediate_size": "many"}, "from_teacher.intermediate_size must be in 1..48 .* got 'many'"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_by_name(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        build_student(LABELS, from_teacher=recipe, teacher=make_teacher())
+
+
+@pytest.mark.parametrize(
     ("recipe", "line"),
     [
         ({"layers": 2}, "student: 2 of 4 blocks (2, 4) of bert, distilbert, head copied"),

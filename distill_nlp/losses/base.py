@@ -30,6 +30,7 @@ class ModelShape:
             such thing.
         hidden_size: width of its hidden states, or None.
         num_attention_heads: or None.
+        attention_width: of the queries, all heads together, or None.
         stage_widths: widths of the states after each stage, where these differ; else None.
         num_labels: number of logits.
         problem_type: as in Transformers' configs.
@@ -40,6 +41,7 @@ class ModelShape:
     num_layers: int | None = None
     hidden_size: int | None = None
     num_attention_heads: int | None = None
+    attention_width: int | None = None
     stage_widths: tuple[int, ...] | None = None
 
     def width(self, layer: int) -> int | None:
@@ -62,8 +64,18 @@ class ModelShape:
             num_layers=depth,
             hidden_size=getattr(config, "hidden_size", None),
             num_attention_heads=getattr(config, "num_attention_heads", None),
+            attention_width=_attention_width(config),
             stage_widths=tuple(widths) if of_stages else None,
         )
+
+
+def _attention_width(config: Any) -> int | None:
+    heads, size = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
+    if heads is not None and size is not None:
+        return heads * size
+    # MobileBERT attends in its bottleneck.
+    bottleneck = getattr(config, "use_bottleneck", False)
+    return getattr(config, "true_hidden_size" if bottleneck else "hidden_size", None)
 
 
 def depth_of(config: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -67,7 +68,9 @@ class TokenRelationLoss(DistillationLoss):
     def bind(self, student: ModelShape, teacher: ModelShape | None) -> None:
         super().bind(student, teacher)
         self.attention_pairs = map_layers(self.layers, *self._needs_layers(student, teacher))
-        if self.relation_heads is None:
+        if self.relation_heads is not None:
+            _check_divides(self.relation_heads, student.attention_width, teacher.attention_width)
+        else:
             widths = student.hidden_size, teacher.hidden_size
             counts = {student.num_attention_heads, teacher.num_attention_heads}
             if None in counts or None in widths:
@@ -123,4 +126,16 @@ class TokenRelationLoss(DistillationLoss):
     def describe(self) -> str:
         return (
             f"{'+'.join(self.relations)}, {self._relation_heads} relation heads, {format_pairs(self.attention_pairs)}"
+        )
+
+
+def _check_divides(heads: int, *widths: int | None) -> None:
+    """Before a training: where the configs say how wide queries are."""
+    known = [width for width in widths if width is not None]
+    if any(width % heads for width in known):
+        common = math.gcd(*known)
+        fitting = [str(number) for number in range(1, common + 1) if common % number == 0]
+        raise ValueError(
+            f"relation_heads {heads} does not divide the widths of the queries ({' and '.join(map(str, known))}); "
+            f"there are {', '.join(fitting)}"
         )
