@@ -146,9 +146,9 @@ class TeacherStages:
         rows = self._answered(self.materials.objective.pooled_states() if cached else set())
         config, restrict = self._answers_config, self.materials.lead.settings.restrict_labels
         order = label_order(config, self._with_data_labels(config), restrict)
+        if data.unlabeled is None:
+            self._tell_of_soft_targets(rows, order)
         try:
-            if data.unlabeled is None:
-                self._tell_of_soft_targets(rows, order)
             if data.unlabeled_min_confidence is not None:
                 rows, counts = drop_unconfident(rows, data.unlabeled_min_confidence, order)
                 self.runner.say("data", counts.summary(self.materials.label_names))
@@ -160,7 +160,13 @@ class TeacherStages:
         return rows if cached else rows.remove_columns(TEACHER_LOGITS)
 
     def _tell_of_soft_targets(self, rows: Any, order: list[int] | None) -> None:
-        if (found := soft_targets(rows, order)) is None:
+        try:
+            found = soft_targets(rows, order)
+        except ValueError as error:
+            # Numbers that are not finite: `training.on_nonfinite` says what is to be done about them.
+            self.runner.say("soft targets", f"WARNING: {error}")
+            return
+        if found is None:
             return
         line = found.summary()
         several = self.materials.splits.problem_type == MULTI_LABEL

@@ -11,6 +11,7 @@ from datasets import Dataset
 from helpers import BINARY, label_config, make_teacher, make_tokenizer, softmax_row
 
 from distill_nlp.cli import main
+from distill_nlp.pool import cached_logits
 from distill_nlp.soft_targets import LITTLE, SoftTargets, soft_targets
 
 
@@ -107,6 +108,21 @@ def test_a_run_says_once_what_the_answers_hold(experiment, teacher, capsys, scal
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("soft targets")]
     assert "labeled rows, entropy " in line
     assert (HINT in line) == hinted
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_doctor")
+def test_numbers_that_are_not_finite_are_said_and_left_to_the_training(experiment, teacher, capsys, monkeypatch):
+    def with_a_hole(rows, order):
+        logits = cached_logits(rows).copy()
+        logits[3, 0] = float("nan")
+        return soft_targets(answered(logits, rows["labels"][:]), order)
+
+    monkeypatch.setattr("distill_nlp.teacher_stages.soft_targets", with_a_hole)
+    config = experiment(losses=KL, teacher=teacher(1.0))
+    assert main(["run", str(config), "--stages", "student"]) == 0
+    said = capsys.readouterr().err
+    assert "soft targets         WARNING: the teacher's logits of row 3 are [nan, " in said
 
 
 @pytest.mark.slow
