@@ -70,25 +70,32 @@ def soft_targets(dataset: Any, label_order: Sequence[int] | None = None) -> Soft
     known = np.flatnonzero(labeled_rows(dataset))
     if not len(known):
         return None
-    logits = cached_logits(dataset)[known].astype(np.float64)
+    logits = cached_logits(dataset)[known]
     logits = logits if label_order is None else logits[:, list(label_order)]
     labels = np.asarray(dataset.select_columns(["labels"]).with_format("numpy")[:]["labels"])[known]
-    if labels.ndim == 2:
-        right, entropies, classes = ((logits > 0) == labels.astype(bool)).all(axis=1), _of_each_class(logits), 2
-    else:
-        right, entropies, classes = logits.argmax(axis=1) == labels, _of_all_classes(logits), logits.shape[1]
-    return SoftTargets(len(known), float(right.mean()), float(entropies.mean()), math.log(classes))
+    several = labels.ndim == 2
+    right = ((logits > 0) == labels.astype(bool)).all(axis=1) if several else logits.argmax(axis=1) == labels
+    largest = math.log(2 if several else logits.shape[1])
+    return SoftTargets(len(known), float(right.mean()), float(entropies(logits, several).mean()), largest)
 
 
-def _of_all_classes(logits: np.ndarray) -> np.ndarray:
+def entropies(logits: np.ndarray, several: bool) -> np.ndarray:
+    """In nats, in float64.
+
+    Args:
+        logits: (N, C).
+        several: labels per text: each class is a distribution of its own.
+
+    Returns:
+        (N,) of the softmax of each row, or (N, C) of each sigmoid.
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    if several:
+        # Of the logit's size alone, as the entropy of p is that of 1 - p.
+        size = np.abs(logits)
+        small = np.exp(-size)
+        return np.log1p(small) + size * small / (1 + small)
     shifted = logits - logits.max(axis=1, keepdims=True)
     weights = np.exp(shifted)
     total = weights.sum(axis=1)
     return np.log(total) - (weights * shifted).sum(axis=1) / total
-
-
-def _of_each_class(logits: np.ndarray) -> np.ndarray:
-    # Of the logit's size alone, as the entropy of p is that of 1 - p.
-    size = np.abs(logits)
-    small = np.exp(-size)
-    return np.log1p(small) + size * small / (1 + small)

@@ -483,9 +483,9 @@ def test_the_entropy_of_several_labels_is_that_of_each(bench):
     logits = np.array([[0.0, 2.0], [-30.0, -1.0]])
     p = 1 / (1 + np.exp(-logits))
     expected = -(p * np.log(p) + (1 - p) * np.log(1 - p))
-    np.testing.assert_allclose(bench["scores"]._entropies(logits, several=True), expected, atol=1e-9)
+    np.testing.assert_allclose(bench["scores"].entropies(logits, several=True), expected, atol=1e-9)
     rows = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_allclose(bench["scores"]._entropies(logits, several=False), -(rows * np.log(rows)).sum(1))
+    np.testing.assert_allclose(bench["scores"].entropies(logits, several=False), -(rows * np.log(rows)).sum(1))
 
 
 def test_classes_are_grouped_in_every_split(bench, tmp_path):

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from distill_nlp.config_file import load_experiment, read_settings
 from distill_nlp.inference import predict_logits
@@ -21,6 +20,7 @@ from distill_nlp.materials import Materials
 from distill_nlp.report.build import compare_seeds
 from distill_nlp.report.scores import right_rows, scores
 from distill_nlp.report.statistics import mcnemar, paired_over_seeds
+from distill_nlp.soft_targets import entropies
 
 _RESAMPLES = 2000
 
@@ -76,7 +76,7 @@ class SetScores:
         found = {}
         for split, (data, tokens) in rows.items():
             logits, labels = self.logits("base/teacher", split, tokens), np.array(data["labels"][:])
-            found[split] = (scores(logits, labels)[self._score], float(_entropies(logits, labels.ndim > 1).mean()))
+            found[split] = (scores(logits, labels)[self._score], float(entropies(logits, labels.ndim > 1).mean()))
         return found
 
     def logits(self, model: str, split: str = "test", tokens: Any = None) -> np.ndarray:
@@ -182,10 +182,3 @@ class SetScores:
 
 def _leads(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
     return [float(one.mean() - other.mean()) for one, other in pairs]
-
-
-def _entropies(logits: np.ndarray, several: bool) -> np.ndarray:
-    """Of each row's distribution, or of each row's and class's."""
-    z = torch.from_numpy(logits).double()
-    logs = torch.stack([F.logsigmoid(z), F.logsigmoid(-z)]) if several else z.log_softmax(-1).movedim(-1, 0)
-    return (-(logs.exp() * logs).sum(0)).numpy()
