@@ -26,6 +26,7 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 import accelerator  # noqa: E402
 import capturing  # noqa: E402
 import idle  # noqa: E402
+import limits  # noqa: E402
 import loops  # noqa: E402
 import measuring  # noqa: E402
 import plain  # noqa: E402
@@ -80,6 +81,41 @@ def test_each_way_on_short_rows_has_a_process_with_its_pages(monkeypatch, studen
     assert pages == 2 * ["0", "0", "1", "0", "1"]
     assert attention == 2 * ["sdpa", ATTENTION_NAME, ATTENTION_NAME, "sdpa", "sdpa"]
     assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+
+
+def test_the_limit_is_every_product_of_the_students_step_and_nothing_else():
+    student = PAIR.student(0.0)
+    layers = limits.linear_layers(student, size=4, tokens=64)
+    block = [(64, 64, 256)] * 4 + [(256, 64, 256), (64, 256, 256)]
+    assert [(*weight.shape, rows) for weight, rows in layers] == [*block, (64, 64, 4), (2, 64, 4)]
+    assert not any(module._forward_pre_hooks for module in student.modules())
+    # What a step multiplies besides attention, as the utilisation of a GPU counts it: forward, and twice backward.
+    products = sum(3 * 2 * weight.numel() * rows for weight, rows in layers[:6])
+    attention = 3 * 4 * 64 * 64
+    assert products == 4 * 64 * (accelerator.flops_of_a_token(PAIR, 64, with_teacher=False) - attention)
+
+
+def test_a_step_of_products_runs_each_layer_and_each_attention_once(monkeypatch):
+    asked = []
+
+    def told(function, name):
+        return lambda *tensors, **more: asked.append((name, tensors[0].dtype)) or function(*tensors, **more)
+
+    for name in ("linear", "scaled_dot_product_attention"):
+        monkeypatch.setattr(F, name, told(getattr(F, name), name))
+    products = limits.Products(bf16=True).on(PAIR, workloads.fixed_rows(8, 64), 4)
+    asked.clear()
+    assert all(seconds > 0 for seconds in products(0))
+    # Two steps of one block and the head.
+    products = 8 * [("linear", torch.bfloat16)]
+    assert asked == 2 * [*products, ("scaled_dot_product_attention", torch.float32)]
+
+
+def test_the_part_limits_shows_steps_and_what_no_code_goes_below():
+    ((title, found),) = run.PART["limits"](PAIR, OPTIONS)
+    assert title == "tiny pair, 4 steps of 4x64"
+    assert list(found) == list(limits.WAYS)
+    assert found["plain Trainer subclass: fp32, teacher live"]["ratio"] == 1
 
 
 @pytest.mark.slow

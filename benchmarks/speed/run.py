@@ -3,6 +3,7 @@
     python benchmarks/speed/run.py                                  # steps, defaults, levers, start; writes nothing
     python benchmarks/speed/run.py --parts steps --rounds 5 --rows 64 --json FILE
     python benchmarks/speed/run.py --parts capture                  # attention losses by capture and by eager maps
+    python benchmarks/speed/run.py --parts limits                   # the products of a step alone: what is left to win
     python benchmarks/speed/run.py --parts short                    # short rows in bf16 on a CPU
     python benchmarks/speed/run.py --parts whole --data DATA --teacher CHECKPOINT --work DIR --seeds 0,1,2 --idle
     python benchmarks/speed/run.py --parts accelerator --models base --rows 3200    # a GPU's tokens per second
@@ -27,6 +28,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import accelerator
 import capturing
+import limits
 import short
 import starting
 import whole
@@ -83,7 +85,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--parts", type=_listed, default="steps,defaults,levers,start", help=f"of {','.join(PART)}")
     parser.add_argument("--models", choices=list(MODELS), default="minilm", help="sizes of the pair [minilm]")
-    parser.add_argument("--batches", default="16x128,8x512", help="of the part steps: rows x tokens")
+    parser.add_argument("--batches", default="16x128,8x512", help="of the parts steps and limits: rows x tokens")
     parser.add_argument("--rows", type=int, default=128, help="of a pass [128]")
     parser.add_argument("--longest", type=int, default=256, help="reviews are cut at so many tokens [256]")
     parser.add_argument("--rounds", type=int, default=5)
@@ -168,6 +170,7 @@ PART = {
     "defaults": defaults,
     "levers": levers,
     "capture": capture,
+    "limits": lambda pair, options: limits.tables(pair, options.rows, options.batches, options.rounds),
     "short": lambda pair, options: short.tables(pair, options.rows, options.short, options.rounds),
     "whole": lambda pair, options: whole.tables(options),
     "start": lambda pair, options: starting.tables(pair, options.texts, options.rounds),

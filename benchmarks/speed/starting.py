@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from workloads import Pair
 
+from distill_nlp.doctor.examination import ACCURACY_ROWS
+
 _WORDS, _TOKENS = 5000, 128
 # The step that would be the first ends the process; what it leaves undone, as writing, is no part of a start.
 _TO_THE_FIRST_STEP = """
@@ -68,23 +70,25 @@ def _process(code: Callable[[], str]) -> Pass:
 def write_material(pair: Pair, folder: Path, rows: int) -> dict[str, Path]:
     """Data of random words, a teacher of random weights that is a finished classifier, and where they lie.
 
-    The labels are what the teacher says: with one that knows nothing, a run would not begin.
+    The validation rows have the labels that the teacher gives them: with one that knows nothing, a run would not
+    begin. All other labels are drawn; nobody looks at what they say before the first step.
     """
     places = {name: folder / name for name in ("data", "teacher", "runs")}
     for path in places.values():
         path.mkdir(parents=True)
     rng, words = np.random.default_rng(0), [f"w{i}" for i in range(_WORDS)]
     tokenizer, model = _tokenizer(words), pair.teacher().to("cpu")
-    for name, count in (("train", rows), ("validation", max(rows // 8, 32)), ("test", max(rows // 8, 32))):
+    for name, count in (("train", rows), ("validation", min(max(rows // 8, 32), ACCURACY_ROWS)), ("test", 32)):
         lengths = np.clip(rng.lognormal(5.0, 0.6, count).astype(int), 8, 400)
         texts = [" ".join(words[i] for i in rng.integers(0, _WORDS, length)) for length in lengths]
-        margins = _margins(model, tokenizer, texts)
-        if name == "train":
+        labels = rng.integers(0, 2, count)
+        if name == "validation":
+            margins = _margins(model, tokenizer, texts)
             # Of random weights most answers are the same one.
             with torch.no_grad():
                 model.classifier.bias[1] -= margins.median()
-            margins = margins - margins.median()
-        table = Dataset.from_dict({"text": texts, "label": (margins > 0).long().tolist()})
+            labels = (margins > margins.median()).long().numpy()
+        table = Dataset.from_dict({"text": texts, "label": labels.tolist()})
         table.to_parquet(str(places["data"] / f"{name}.parquet"))
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
     model.save_pretrained(places["teacher"])
