@@ -103,19 +103,44 @@ def test_a_step_of_products_runs_each_layer_and_each_attention_once(monkeypatch)
 
     for name in ("linear", "scaled_dot_product_attention"):
         monkeypatch.setattr(F, name, told(getattr(F, name), name))
+    backward, gradients = torch.autograd.grad, []
+
+    def seen(output, operands, gradient):
+        found = backward(output, operands, gradient)
+        gradients.append([value.shape for value in found] == [operand.shape for operand in operands])
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", seen)
     products = limits.Products(bf16=True).on(PAIR, workloads.fixed_rows(8, 64), 4)
     asked.clear()
     assert all(seconds > 0 for seconds in products(0))
     # Two steps of one block and the head.
     products = 8 * [("linear", torch.bfloat16)]
     assert asked == 2 * [*products, ("scaled_dot_product_attention", torch.float32)]
+    # Backward to inputs and weights of each.
+    assert gradients == 2 * 9 * [True]
 
 
 def test_the_part_limits_shows_steps_and_what_no_code_goes_below():
     ((title, found),) = run.PART["limits"](PAIR, OPTIONS)
-    assert title == "tiny pair, 4 steps of 4x64"
+    assert title == "tiny pair, steps of 4x64, 16 rows"
     assert list(found) == list(limits.WAYS)
     assert found["plain Trainer subclass: fp32, teacher live"]["ratio"] == 1
+
+
+def test_the_validation_rows_say_what_the_teacher_says_as_many_as_the_doctor_asks(tmp_path):
+    from datasets import load_dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    places = starting.write_material(PAIR, tmp_path, rows=2000)
+    data = load_dataset(str(places["data"]))
+    assert {name: len(rows) for name, rows in data.items()} == {"train": 2000, "validation": 200, "test": 32}
+    teacher = AutoModelForSequenceClassification.from_pretrained(places["teacher"])
+    rows = data["validation"]
+    margins = starting._margins(teacher, AutoTokenizer.from_pretrained(places["teacher"]), rows["text"][:])
+    # The one in the middle lies on the boundary, where rounding decides.
+    assert sum((margins > 0).long() == torch.tensor(rows["label"][:])) >= 199
+    assert sum(rows["label"][:]) in (99, 100, 101)
 
 
 @pytest.mark.slow

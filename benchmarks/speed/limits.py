@@ -1,16 +1,15 @@
-"""What no code goes below: the matrix products and the attention of a step, and nothing else of it."""
+"""What is left to win over PyTorch's kernels: the products and the attention of a step, and nothing else of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from loops import Clock, Trained, matmul_precision
-from measuring import Figures, Pass, Seconds, measured
-from workloads import Pair, fixed_rows
+from measuring import Pass, Seconds
+from workloads import Pair
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,3 @@ WAYS: dict[str, Trained | Products] = {
     "DistillationTrainer, KL, cached, bf16": Trained(teacher="cached", bf16=True, attention_dropout=0.0),
     "matrix products in bf16, and attention, alone": Products(bf16=True),
 }
-
-
-def tables(pair: Pair, rows: int, batches: str, rounds: int) -> Iterator[tuple[str, dict[str, Figures]]]:
-    """For each of the batches, `rows x tokens`, the usual step, ours, and what no code goes below."""
-    for batch in batches.split(","):
-        size, tokens = map(int, batch.split("x"))
-        count = max(size, rows * 128 // tokens // size * size)
-        passes = {name: way.on(pair, fixed_rows(count, tokens), size) for name, way in WAYS.items()}
-        yield f"{pair.name} pair, {count // size} steps of {batch}", measured(passes, rounds)

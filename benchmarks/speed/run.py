@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,23 @@ def _numbers(text: str) -> list[int]:
 
 def steps(pair: Pair, options: argparse.Namespace):
     """Trainers beside bare loops, at fixed lengths."""
+    for batch, count, found in _at_fixed_lengths(pair, options, STEPS):
+        yield f"steps of {batch}, {count} rows, fp32, no attention dropout", found
+
+
+def products(pair: Pair, options: argparse.Namespace):
+    """Steps beside their matrix products and attention alone."""
+    for batch, count, found in _at_fixed_lengths(pair, options, limits.WAYS):
+        yield f"{pair.name} pair, steps of {batch}, {count} rows", found
+
+
+def _at_fixed_lengths(pair: Pair, options: argparse.Namespace, ways: Mapping[str, Any]):
+    """For each of `--batches`: its name, the rows of a pass, and the figures of all ways."""
     for batch in options.batches.split(","):
         size, tokens = map(int, batch.split("x"))
         count = max(size, options.rows * 128 // tokens // size * size)
-        passes = {name: way.on(pair, fixed_rows(count, tokens), size) for name, way in STEPS.items()}
-        yield f"steps of {batch}, {count} rows, fp32, no attention dropout", measured(passes, options.rounds)
+        passes = {name: way.on(pair, fixed_rows(count, tokens), size) for name, way in ways.items()}
+        yield batch, count, measured(passes, options.rounds)
 
 
 def defaults(pair: Pair, options: argparse.Namespace):
@@ -170,7 +183,7 @@ PART = {
     "defaults": defaults,
     "levers": levers,
     "capture": capture,
-    "limits": lambda pair, options: limits.tables(pair, options.rows, options.batches, options.rounds),
+    "limits": products,
     "short": lambda pair, options: short.tables(pair, options.rows, options.short, options.rounds),
     "whole": lambda pair, options: whole.tables(options),
     "start": lambda pair, options: starting.tables(pair, options.texts, options.rounds),
