@@ -122,17 +122,6 @@ def test_gradients_equal_the_reference_in_chunks(
     np.testing.assert_allclose(student[name].grad.numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_rows_go_together_by_the_size_of_their_relations(monkeypatch):
-    """Many relation heads make a large map: what counts is their number, not the models' heads."""
-    calls = []
-    monkeypatch.setattr(
-        "distill_nlp.losses.token_relations.rowwise",
-        lambda loss, elements, *tensors: calls.append(elements) or chunking.rowwise(loss, elements, *tensors),
-    )
-    call(bound(relations=["qq"], relation_heads=6), vectors(0, (2, 3)), vectors(1, (2, 3)))
-    assert calls == [6 * 4**2]
-
-
 @SUBSETS
 def test_gradients_pass_gradcheck_and_reach_the_chosen_tensors_of_the_student_only(relations):
     student, teacher = needing_gradient(vectors(0, (2, 3))), needing_gradient(vectors(1, (3, 4)))

@@ -303,9 +303,18 @@ def test_a_round_starts_with_another_variant_and_ratios_are_of_one_round():
             "--parts steps --rows 8",
         ),
         (
-            ["--idle", "--data", "/home/a", "--teacher=/home/b", "--parts=steps,whole", "--work", "/home/c"],
+            [
+                "--idle",
+                "--stages",
+                "--data",
+                "/home/a",
+                "--teacher=/home/b",
+                "--parts=steps,whole",
+                "--work",
+                "/home/c",
+            ],
             "whole",
-            "--parts whole --idle --data DATA --teacher CHECKPOINT --work DIR",
+            "--parts whole --idle --stages --data DATA --teacher CHECKPOINT --work DIR",
         ),
         (["--settings", "--training.bf16 true"], "whole", "--parts whole --settings '--training.bf16 true'"),
         (["--compile", "--rounds", "2"], "levers", "--parts levers --compile --rounds 2"),
@@ -422,7 +431,9 @@ def runs(experiment, tmp_path, monkeypatch, no_doctor):
 
     def options(**changes):
         return argparse.Namespace(
-            **places | {"seeds": [0], "epochs": 1.0, "longest": 16, "settings": "", "idle": False} | changes
+            **places
+            | {"seeds": [0], "epochs": 1.0, "longest": 16, "settings": "", "stages": False, "idle": False}
+            | changes
         )
 
     options.commands = commands
@@ -431,7 +442,7 @@ def runs(experiment, tmp_path, monkeypatch, no_doctor):
 
 def test_whole_runs_are_timed_once_with_accuracy_and_idle_share(runs, tmp_path):
     step = DistillationTrainer.training_step
-    (title, both), (_, stages), (_, busy) = whole.tables(runs(idle=True))
+    (title, both), (_, stages), (_, busy) = whole.tables(runs(stages=True, idle=True))
     assert "40 train, 12 validation, 16 test" in title
     # The teacher took 11 s, then came the plain way, 12 s, and ours.
     assert both[whole.PLAIN]["seconds"] == 12
@@ -456,7 +467,7 @@ def test_whole_runs_are_timed_once_with_accuracy_and_idle_share(runs, tmp_path):
 
     # Again: what is finished is not done again; with another setting the students are, and the teacher is not.
     count = len(runs.commands)
-    (_, again), _ = whole.tables(runs())
+    ((_, again),) = whole.tables(runs())
     assert len(runs.commands) == count == 5
     assert again[whole.OURS]["seconds"] == 13
     next(iter(whole.tables(runs(settings="--training.bf16 true"))))

@@ -5,7 +5,7 @@
     python benchmarks/speed/run.py --parts capture                  # attention losses by capture and by eager maps
     python benchmarks/speed/run.py --parts limits                   # the products of a step alone: what is left to win
     python benchmarks/speed/run.py --parts short                    # short rows in bf16 on a CPU
-    python benchmarks/speed/run.py --parts whole --data DATA --teacher CHECKPOINT --work DIR --seeds 0,1,2 --idle
+    python benchmarks/speed/run.py --parts whole --data DATA --teacher CHECKPOINT --work DIR --seeds 0,1,2
     python benchmarks/speed/run.py --parts accelerator --models base --rows 3200    # a GPU's tokens per second
     python benchmarks/speed/run.py ... --write      # puts the tables of these parts into benchmarks/SPEED.md
 
@@ -41,7 +41,7 @@ from workloads import MODELS, Pair, batches_of, fixed_rows, imdb_rows, machine, 
 from distill_nlp.durable_files import write_json
 
 PAGE = Path(__file__).resolve().parents[1] / "SPEED.md"
-FLAGS = ("--compile", "--idle")
+FLAGS = ("--compile", "--stages", "--idle")
 # Fused AdamW, as the Trainer's own default is.
 STEPS = {
     "bare loop, teacher live": Bare(attention_dropout=0.0, fused=True),
@@ -108,6 +108,7 @@ def _arguments() -> argparse.Namespace:
     runs.add_argument(
         "--settings", default="", help="of distill-nlp run, for students: '--student.attention_dropout 0'"
     )
+    runs.add_argument("--stages", action="store_true", help="the first seed's baseline and report as well")
     runs.add_argument("--idle", action="store_true", help="another run: what the student's stage is busy with")
     options = parser.parse_args()
     if "whole" in options.parts and None in (options.data, options.teacher, options.work):

@@ -38,10 +38,10 @@ SPLITS = ("train", "validation", "test")
 
 
 def tables(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Figures]]]:
-    """Both ways over the seeds; the stages of the first seed; and, where asked for, what its student is busy with.
+    """Both ways over the seeds; and, where asked for, the stages of the first seed and what its student is busy with.
 
     Args:
-        options: see `WholeRuns`; and `idle`.
+        options: see `WholeRuns`; `stages` and `idle`.
     """
     runs, found = WholeRuns(options), {PLAIN: [], OURS: []}
     teacher = runs.make_teacher()
@@ -56,12 +56,13 @@ def tables(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Figures
     yield f"{options.epochs:g} epochs on {runs.title}", figures
 
     seed = options.seeds[0]
-    stages = {"teacher, for both": teacher, "student": found[OURS][0]}
-    stages |= {stage: runs.ours(seed, stage) for stage in ("baseline", "report")}
-    seconds = {name: {"seconds": wall} for name, (wall, _) in stages.items()}
-    trained = (read_json(runs.student_folder(seed) / "stage.json") or {})["seconds"]
-    seconds["student: training and evaluation alone"] = {"seconds": trained}
-    yield f"stages of distill-nlp run, seed {seed}", seconds
+    if options.stages:
+        stages = {"teacher, for both": teacher, "student": found[OURS][0]}
+        stages |= {stage: runs.ours(seed, stage) for stage in ("baseline", "report")}
+        seconds = {name: {"seconds": wall} for name, (wall, _) in stages.items()}
+        trained = (read_json(runs.student_folder(seed) / "stage.json") or {})["seconds"]
+        seconds["student: training and evaluation alone"] = {"seconds": trained}
+        yield f"stages of distill-nlp run, seed {seed}", seconds
     if options.idle:
         yield f"the student's stage of a run of its own, seed {seed}", runs.idle()
 

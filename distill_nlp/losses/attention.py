@@ -10,6 +10,7 @@ import torch
 from distill_nlp.layer_mapping import check_layers, format_pairs, map_layers
 from distill_nlp.losses.base import DistillationLoss, ModelShape, check_choice, check_same_tokens, kl, mean_over_tokens
 from distill_nlp.losses.chunking import rowwise
+from distill_nlp.losses.map_distance import Scores, map_distance
 from distill_nlp.losses.maps import log_attention_map, log_map, rows_of
 from distill_nlp.outputs import AttentionInputs, Features
 
@@ -78,6 +79,10 @@ class AttentionLoss(DistillationLoss):
         return total / len(self.attention_pairs)
 
     def _layer_loss(self, a: AttentionInputs, b: AttentionInputs, mask: torch.Tensor | None) -> torch.Tensor:
+        if self._heads == "each":
+            student, teacher = (Scores(side.query, side.key, side.scaling, side.mask, side.bias) for side in (a, b))
+            return map_distance(self.kind, student, teacher, mask)
+
         def loss(rows: slice, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             seen = rows_of(a.mask, rows)
             log_a = self._over_heads(log_map(query, key, a.scaling, seen, bias))  # (rows, A, S, S)
@@ -97,8 +102,6 @@ class AttentionLoss(DistillationLoss):
         return rowwise(loss, max(heads, b.query.shape[1]) * tokens**2, *learned)
 
     def _over_heads(self, logs: torch.Tensor) -> torch.Tensor:
-        if self._heads not in ("mean", "sum"):
-            return logs
         count = logs.shape[1] if self._heads == "mean" else 1
         return logs.logsumexp(dim=1, keepdim=True) - math.log(count)
 

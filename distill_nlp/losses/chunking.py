@@ -22,6 +22,11 @@ ELEMENTS_PER_CHUNK = 1 << 19
 ELEMENTS_PER_CHUNK_ON_ACCELERATORS = 1 << 23
 """On other devices (32 MB in float32): enough that a kernel takes longer than its launch."""
 
+
+def elements_per_chunk(device: torch.device) -> int:
+    return ELEMENTS_PER_CHUNK if device.type == "cpu" else ELEMENTS_PER_CHUNK_ON_ACCELERATORS
+
+
 RowLoss = Callable[..., torch.Tensor]
 """`(rows: slice, *parts) -> (rows,)`: the loss of each of these rows of the batch, from their part of each tensor."""
 
@@ -36,7 +41,7 @@ def rowwise(loss: RowLoss, elements_per_row: int, *tensors: torch.Tensor) -> tor
         *tensors: the first `(B, ...)`, the others too or `(1, ...)`, which is shared by all rows; those that require
             gradient get it. `loss` gets them in at least float32.
     """
-    elements = ELEMENTS_PER_CHUNK if tensors[0].device.type == "cpu" else ELEMENTS_PER_CHUNK_ON_ACCELERATORS
+    elements = elements_per_chunk(tensors[0].device)
     if not torch.is_grad_enabled():
         # `needs_input_grad` does not know of no_grad.
         tensors = tuple(tensor.detach() for tensor in tensors)

@@ -31,11 +31,16 @@ def log_map(
     if bias is not None:
         scores = scores + upcast(bias)
     if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, _MASKED)
-        else:
-            scores = (scores + mask.to(scores.dtype)).clamp(min=_MASKED)
+        scores = scores + additive(mask, scores.dtype)
     return scores.log_softmax(dim=-1)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask as numbers to add to scores of this type. A score is nothing beside `_MASKED`, which is their sum, then.
+
+    A mask is one for all heads: adding it takes less time than filling by it.
+    """
+    return torch.where(mask, 0.0, _MASKED).to(dtype) if mask.dtype == torch.bool else mask.to(dtype).clamp(min=_MASKED)
 
 
 def log_attention_map(

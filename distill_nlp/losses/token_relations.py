@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from distill_nlp.layer_mapping import check_layers, format_pairs, map_layers
-from distill_nlp.losses.base import DistillationLoss, ModelShape, check_same_tokens, kl, mean_over_tokens
-from distill_nlp.losses.chunking import rowwise
-from distill_nlp.losses.maps import log_map
+from distill_nlp.losses.base import DistillationLoss, ModelShape, check_same_tokens
+from distill_nlp.losses.map_distance import Scores, map_distance
 from distill_nlp.outputs import AttentionInputs, Features
 
 RELATIONS = ("qq", "kk", "vv")
@@ -100,17 +99,9 @@ class TokenRelationLoss(DistillationLoss):
         self, a: AttentionInputs, b: AttentionInputs, relation: str, mask: torch.Tensor | None
     ) -> torch.Tensor:
         vectors, target = (self._cut(getattr(side, _SOURCES[relation])) for side in (a, b))
-
-        def loss(rows: slice, x: torch.Tensor) -> torch.Tensor:
-            tokens = None if mask is None else mask[rows]
-            seen = None if tokens is None else tokens[:, None, None, :].bool()
-            log_a = log_map(x, x, x.shape[-1] ** -0.5, seen)  # (rows, R, S, S)
-            with torch.no_grad():
-                y = target[rows]
-                log_b = log_map(y, y, y.shape[-1] ** -0.5, seen)
-            return mean_over_tokens(kl(log_b, log_a).mean(dim=1), tokens)
-
-        return rowwise(loss, self._relation_heads * vectors.shape[2] ** 2, vectors)
+        seen = None if mask is None else mask[:, None, None, :].bool()
+        student, teacher = (Scores(x, x, x.shape[-1] ** -0.5, seen) for x in (vectors, target))
+        return map_distance("kl", student, teacher, mask)
 
     def _cut(self, heads: torch.Tensor) -> torch.Tensor:
         """`(B, A, S, D)` -> `(B, R, S, A · D / R)`: neighbouring parts of the concatenated heads."""
