@@ -19,7 +19,7 @@ KINDS = pytest.mark.parametrize("kind", ["kl", "mse"])
 SIZES = pytest.mark.parametrize(
     "elements",
     [1, TOKENS, 2 * TOKENS, TOKENS**2, 3 * TOKENS**2, HEADS * TOKENS**2, 2 * HEADS * TOKENS**2, 10**6],
-    ids=["a query", "one query", "two queries", "a map", "3 maps", "a row", "two rows", "all"],
+    ids=["less than a query", "a query", "two queries", "a map", "two maps", "a row", "two rows", "all"],
 )
 
 
@@ -29,9 +29,10 @@ def chunks_of(monkeypatch):
 
 
 def side(seed, size, mask=None, bias=None, dtype=torch.float64):
+    """Heads are a transposed view, as models have them."""
     generator = torch.Generator().manual_seed(seed)
-    left, right = (torch.randn(BATCH, HEADS, TOKENS, size, generator=generator, dtype=dtype) for _ in range(2))
-    return Scores(left, right, 0.7, mask, bias)
+    left, right = (torch.randn(BATCH, TOKENS, HEADS, size, generator=generator, dtype=dtype) for _ in range(2))
+    return Scores(left.transpose(1, 2), right.transpose(1, 2), 0.7, mask, bias)
 
 
 def keys_only(tokens):
@@ -83,12 +84,14 @@ def one_row(scores, seen, b, a, i):
     for k in keys:
         value = scores.scaling * float(np.dot(scores.left[b, a, i].detach(), scores.right[b, a, k].detach()))
         if scores.bias is not None:
-            value += float(scores.bias.expand(BATCH, HEADS, -1, -1)[b, a, i, k])
+            value += float(scores.bias.expand(BATCH, HEADS, TOKENS, TOKENS)[b, a, i, k])
         found.append(value)
     by_key = dict(zip(keys, softmax_row(found), strict=True))
     return [by_key.get(k, 0.0) for k in range(TOKENS)]
 
 
+# Each query of each head sees at least itself.
+SEEN_BY_HEADS = (bias_of(BATCH) > 0) | torch.eye(TOKENS, dtype=torch.bool)
 CASES = {
     "all seen": (None, None, None, None, None),
     "padding": (TOKENS_OF_ROWS, keys_only(TOKENS_OF_ROWS), keys_only(TOKENS_OF_ROWS), None, None),
@@ -103,6 +106,8 @@ CASES = {
     "the teacher has a window": (None, None, window(2), None, None),
     "a bias": (TOKENS_OF_ROWS, keys_only(TOKENS_OF_ROWS), keys_only(TOKENS_OF_ROWS), bias_of(1), bias_of(1, heads=1)),
     "a bias of each row": (None, None, None, bias_of(BATCH, heads=1), None),
+    "a bias of each key": (None, None, None, bias_of(1)[:, :, :1], bias_of(BATCH)[:, :, :1]),
+    "heads have masks of their own": (None, SEEN_BY_HEADS, SEEN_BY_HEADS.flip(1), None, None),
 }
 WHAT_IS_SEEN = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -167,35 +172,56 @@ def test_each_number_of_the_maps_is_in_one_chunk(elements):
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the most numbers that one operation gives."""
+    """Notes the most numbers that one operation gives, other than a view of what there was."""
 
     elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
         for tensor in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.elements = max(self.elements, tensor.numel())
         return output
 
 
 @KINDS
-def test_where_one_map_is_larger_than_a_chunk_no_map_ever_exists(chunks_of, kind):
+@pytest.mark.parametrize("queries", [1, 256], ids=["a mask of keys", "a mask for each query"])
+def test_where_one_map_is_larger_than_a_chunk_no_map_ever_exists(chunks_of, kind, queries):
     tokens, chunk = 256, 1 << 13
     chunks_of(chunk)
     x, y = (torch.randn(2, 2, tokens, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
-    student, teacher = (Scores(z, z, 0.5, torch.ones(2, 1, 1, tokens, dtype=torch.bool)) for z in (x, y))
+    student, teacher = (Scores(z, z, 0.5, torch.ones(2, 1, queries, tokens, dtype=torch.bool)) for z in (x, y))
     x.requires_grad_()
     with _Largest() as seen:
         distance(kind, student, teacher, torch.ones(2, tokens)).backward()
+    # The masks, too, are made numbers a few queries at a time.
     assert x.numel() < chunk == seen.elements < tokens**2
 
 
-def test_one_tensor_on_both_sides_gets_both_gradients():
+@KINDS
+def test_one_tensor_on_both_sides_gets_both_gradients_in_one(kind):
     x, y = (side(seed, 3).left for seed in range(2))
-    assert torch.autograd.gradcheck(
-        lambda x: distance("kl", Scores(x, x, 0.5), Scores(y, y, 0.5), None), x.requires_grad_()
-    )
+    x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        distance(kind, Scores(x, x, 0.5), Scores(y, y, 0.5), None)
+    assert [tensor.shape for tensor in kept] == [x.shape]
+    assert torch.autograd.gradcheck(lambda x: distance(kind, Scores(x, x, 0.5), Scores(y, y, 0.5), None), x)
+
+
+@pytest.mark.parametrize(
+    "cut", [(slice(2), slice(None)), (slice(None), slice(2)), (slice(None), slice(None), slice(2))]
+)
+@pytest.mark.parametrize("teacher_is_larger", [False, True])
+def test_refuses_maps_of_different_sizes(cut, teacher_is_larger):
+    larger, smaller = side(0, 3), side(1, 3)
+    smaller = Scores(smaller.left[cut], smaller.right[cut], 0.7)
+    sides = (smaller, larger) if teacher_is_larger else (larger, smaller)
+    sizes = [str(tuple(one.left.shape[:3])) for one in sides]
+    with pytest.raises(ValueError, match="cannot be compared head by head") as error:
+        distance("kl", *sides, None)
+    assert all(size in str(error.value) for size in sizes)
 
 
 @KINDS
@@ -225,13 +251,18 @@ def test_without_gradient_the_value_is_the_same_and_has_no_graph(kind, how):
 
 
 @KINDS
-def test_what_it_is_given_stays_as_it_was(kind):
+@pytest.mark.parametrize("elements", [TOKENS, 10**6])
+def test_what_it_is_given_stays_as_it_was(chunks_of, kind, elements):
+    chunks_of(elements)
     mask = additive(window(2)).double()
-    student, teacher = side(0, 3, mask, bias_of(1)), side(1, 6, mask, bias_of(1))
-    given = [tensor for one in (student, teacher) for tensor in (one.left, one.right, one.mask, one.bias)]
+    sides = [side(seed, 3, mask, bias_of(1)) for seed in range(2)]
+    # Where scaling changes nothing, and is not of a tensor of its own.
+    student, teacher = (Scores(one.left, one.right, 1.0, one.mask, one.bias) for one in sides)
+    given = [getattr(one, name) for one in (student, teacher) for name in ("left", "right", "mask", "bias")]
     before = [tensor.clone() for tensor in given]
-    student.left.requires_grad_()
-    distance(kind, student, teacher, None).backward()
+    for tensor in (student.left, student.right, student.bias):
+        tensor.requires_grad_()
+    distance(kind, student, teacher, TOKENS_OF_ROWS).backward()
     for tensor, kept in zip(given, before, strict=True):
         assert torch.equal(tensor.detach(), kept)
 
@@ -276,14 +307,19 @@ def test_half_precision_is_computed_in_float32_and_its_gradients_are_of_its_own(
 
 
 def test_gradients_too_small_for_float16_survive_until_the_loss_scale_comes():
-    student, teacher = side(0, 3, dtype=torch.float16), side(1, 6, dtype=torch.float16)
-    student.left.requires_grad_()
-    scale = 2.0**30
-    (distance("kl", student, teacher, None) / scale * scale).backward()
-    scaled = student.left.grad.clone()
-    student.left.grad = None
-    distance("kl", student, teacher, None).backward()
-    torch.testing.assert_close(scaled, student.left.grad, rtol=1e-3, atol=1e-6)
+    """A GradScaler multiplies the loss, so that its factor comes with backward only."""
+    scale = 2.0**24
+
+    def gradient(dtype):
+        student, teacher = side(0, 3, dtype=torch.float16), side(1, 6, dtype=torch.float16)
+        left = student.left.to(dtype).requires_grad_()
+        value = distance("kl", Scores(left, student.right.to(dtype), 1 / scale), teacher, None)
+        (scale * value).backward()
+        return left.grad
+
+    expected = gradient(torch.float32)
+    assert expected.abs().max() < 1
+    torch.testing.assert_close(gradient(torch.float16).float(), expected, rtol=1e-3, atol=1e-6)
 
 
 @KINDS
@@ -299,12 +335,26 @@ def test_very_sure_maps_are_finite(kind, scale):
 
 @KINDS
 def test_a_row_of_padding_only_counts_as_zero_and_gets_no_gradient(kind):
-    nothing = TOKENS_OF_ROWS.clone()
+    """By what the tokens say: without masks the maps of that row differ."""
+    nothing = torch.ones_like(TOKENS_OF_ROWS)
     nothing[1] = 0
-    student, teacher = (side(seed, 3, keys_only(nothing)) for seed in range(2))
+    student, teacher = side(0, 3), side(1, 6)
     student.left.requires_grad_()
     value = distance(kind, student, teacher, nothing)
     value.backward()
-    assert value.isfinite()
+    others = [Scores(one.left[::2].detach(), one.right[::2], one.scaling) for one in (student, teacher)]
+    assert value.item() == pytest.approx(2 / 3 * distance(kind, *others, None).item(), rel=1e-12)
     assert not student.left.grad[1].any()
     assert student.left.grad[0].any()
+
+
+@KINDS
+def test_a_row_in_which_nothing_is_seen_is_finite(kind):
+    hidden = TOKENS_OF_ROWS.clone()
+    hidden[1] = 0
+    student, teacher = (side(seed, 3, keys_only(hidden)) for seed in range(2))
+    student.left.requires_grad_()
+    value = distance(kind, student, teacher, None)
+    value.backward()
+    assert value.isfinite()
+    assert student.left.grad.isfinite().all()

@@ -8,7 +8,9 @@ import json
 import os
 import shlex
 import sys
+import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import helpers
@@ -32,6 +34,7 @@ import measuring  # noqa: E402
 import plain  # noqa: E402
 import short  # noqa: E402
 import starting  # noqa: E402
+import turns  # noqa: E402
 import whole  # noqa: E402
 import workloads  # noqa: E402
 from page_blocks import put_blocks  # noqa: E402
@@ -413,17 +416,20 @@ def runs(experiment, tmp_path, monkeypatch, no_doctor):
     recipe.write_text(yaml.safe_dump(settings))
     commands = []
 
-    def timed(command):
-        commands.append(command)
-        if command[1] == "-m":
-            assert main(command[3:]) == 0
-        else:
-            plain.main(command[2:])
-        return 10.0 + len(commands), 1.0
+    def timed(together, folder):
+        seconds = []
+        for command in together:
+            commands.append(command)
+            if command[1] == "-m":
+                assert main(command[3:]) == 0
+            else:
+                plain.main(command[2:])
+            seconds.append((10.0 + len(commands), 1.0))
+        return seconds
 
     for module, name, value in (
         (whole, "RECIPE", recipe),
-        (whole, "timed", timed),
+        (whole, "timed_in_turns", timed),
         (whole, "in_a_process_of_its_own", lambda function, *arguments: function(*arguments)),
     ):
         monkeypatch.setattr(module, name, value)
@@ -451,10 +457,8 @@ def test_whole_runs_are_timed_once_with_accuracy_and_idle_share(runs, tmp_path):
     assert [len(found) for found in accuracies] == [1, 1, 1]
     assert all(0 <= found[0] <= 1 and found[0] * 16 == int(found[0] * 16) for found in accuracies)
     seconds = {name: figures["seconds"] for name, figures in stages.items()}
-    trained = seconds.pop("student: training and evaluation alone")
     assert seconds == {"teacher, for both": 11, "student": 13, "baseline": 14, "report": 15}
     run_folder = tmp_path / "work" / "seed-0" / "run"
-    assert trained == json.loads((run_folder / "student" / "seed-0" / "stage.json").read_text())["seconds"]
     assert (run_folder / "report.md").is_file()
 
     parts = [busy[name]["seconds"] for name in (*idle.WORK, idle.IDLE)]
@@ -465,13 +469,13 @@ def test_whole_runs_are_timed_once_with_accuracy_and_idle_share(runs, tmp_path):
     assert DistillationTrainer.training_step is step
     assert "| forward and backward |" in measuring.table("", busy)
 
-    # Again: what is finished is not done again; with another setting the students are, and the teacher is not.
+    # Again: what is finished is not done again. With another setting both students are, and the teacher is not.
     count = len(runs.commands)
     ((_, again),) = whole.tables(runs())
     assert len(runs.commands) == count == 5
     assert again[whole.OURS]["seconds"] == 13
     next(iter(whole.tables(runs(settings="--training.bf16 true"))))
-    assert len(runs.commands) == 6
+    assert len(runs.commands) == 7
     assert runs.commands[-1][-2:] == ["--training.bf16", "true"]
 
 
@@ -488,18 +492,17 @@ def test_both_ways_start_from_the_same_weights(runs, monkeypatch):
     found = whole.WholeRuns(runs())
     found.make_teacher()
     started.clear()
-    found.ours(3)
-    found.plain(3)
+    found.both(3, ours_first=True)
     ours, other = started
     assert ours.keys() == other.keys()
     assert all(torch.equal(ours[name], other[name]) for name in ours)
 
 
 def test_a_process_that_fails_ends_the_benchmark_and_leaves_no_time(runs, monkeypatch, tmp_path):
-    def failing(command):
+    def failing(commands, folder):
         raise SystemExit("exit code 2 of: it")
 
-    monkeypatch.setattr(whole, "timed", failing)
+    monkeypatch.setattr(whole, "timed_in_turns", failing)
     with pytest.raises(SystemExit, match="exit code 2"):
         next(iter(whole.tables(runs())))
     assert not list((tmp_path / "work").rglob("*.json"))
@@ -508,26 +511,37 @@ def test_a_process_that_fails_ends_the_benchmark_and_leaves_no_time(runs, monkey
 def test_what_was_killed_begins_anew(runs, tmp_path):
     found = whole.WholeRuns(runs())
     found.make_teacher()
-    for way, folder in ((found.ours, found.student_folder(0)), (found.plain, found.plain_folder(0))):
+    folders = found.student_folder(0), found.plain_folder(0)
+    for folder in folders:
         folder.mkdir(parents=True)
         (folder / "half-written").touch()
-        way(0)
+    found.both(0)
+    for folder in folders:
         assert (folder / "model.safetensors").is_file()
         assert not (folder / "half-written").exists()
     # The time of a student that is made again under other settings is not that of the one before.
     more = whole.WholeRuns(runs(settings="--training.bf16 true"))
-    more.ours(0)
+    more.both(0)
     assert json.loads((tmp_path / "work" / "seed-0" / "student.json").read_text())["command"][-1] == "true"
+    # Both were timed by turns: where one is missing, the other's time is of no use.
+    (tmp_path / "work" / "seed-0" / "plain.json").unlink()
+    count = len(runs.commands)
+    more.both(0)
+    assert len(runs.commands) == count + 2
 
 
 def test_each_seed_begins_with_the_other_way(runs, monkeypatch):
     asked = []
     monkeypatch.setattr(whole.WholeRuns, "make_teacher", lambda self: (1.0, 1.0))
-    monkeypatch.setattr(whole.WholeRuns, "plain", lambda self, seed: asked.append(("plain", seed)) or (4.0, 1.0))
-    monkeypatch.setattr(whole.WholeRuns, "ours", lambda self, seed: asked.append(("ours", seed)) or (2.0 + seed, 1.0))
+
+    def once(self, *pieces):
+        asked.extend(name for name, _, _ in pieces)
+        return [(2.0 + int("seed-1" in name) if "student" in name else 4.0, 1.0) for name, _, _ in pieces]
+
+    monkeypatch.setattr(whole.WholeRuns, "_once", once)
     monkeypatch.setattr(whole.WholeRuns, "accuracy", lambda self, folder: len(folder.parts) / 100)
     _, found = next(iter(whole.tables(runs(seeds=[0, 1]))))
-    assert asked == [("plain", 0), ("ours", 0), ("ours", 1), ("plain", 1)]
+    assert asked == ["seed-0/plain", "seed-0/student", "seed-1/student", "seed-1/plain"]
     assert found[whole.OURS]["range"] == [0.5, 0.75]
     assert found[whole.OURS]["accuracy"][0] > found[whole.PLAIN]["accuracy"][0]
 
@@ -571,16 +585,43 @@ def test_what_does_not_serve_is_refused_in_one_line(runs, tmp_path, place, said)
     assert "\n" not in str(error.value)
 
 
+TICKING = """
+import sys, time
+path, seconds = sys.argv[1], float(sys.argv[2])
+while time.process_time() < seconds:
+    print(time.time(), file=open(path, "a"))
+    time.sleep(0.002)
+raise SystemExit(int(sys.argv[3]))
+"""
+
+
+def ticking(path, seconds, code=0):
+    return [sys.executable, "-c", TICKING, str(path), str(seconds), str(code)]
+
+
 @pytest.mark.slow
-def test_a_command_is_timed_with_its_children_and_its_failure_ends_it():
-    busy = "import time; start = time.process_time()\nwhile time.process_time() < start + 0.3: pass"
-    wall, cpu = whole.timed([sys.executable, "-c", busy])
-    assert wall > 0.3
-    assert cpu > 0.3
-    failing = [sys.executable, "-c", "raise SystemExit(3)"]
+def test_commands_take_turns_and_only_their_own_count(tmp_path):
+    places, start = [tmp_path / "a", tmp_path / "b"], time.perf_counter()
+    found = turns.timed_in_turns([ticking(path, 0.4) for path in places], tmp_path, turn=0.3)
+    elapsed = time.perf_counter() - start
+    assert all(cpu >= 0.4 and wall >= 0.4 for wall, cpu in found)
+    assert sum(wall for wall, _ in found) == pytest.approx(elapsed, abs=0.1)
+    ticks = sorted((float(tick), path.name) for path in places for tick in path.read_text().split())
+    changes = sum(one != other for (_, one), (_, other) in pairwise(ticks))
+    # Were both running at once, it would change with every other tick.
+    assert 2 <= changes <= len(ticks) / 5
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_ends_the_others(tmp_path):
+    failing, other = ticking(tmp_path / "a", 0.1, code=3), ticking(tmp_path / "b", 60)
     with pytest.raises(SystemExit, match="exit code 3 of: ") as error:
-        whole.timed(failing)
+        turns.timed_in_turns([other, failing], tmp_path, turn=0.3)
     assert shlex.join(failing) in str(error.value)
+    seen = (tmp_path / "b").read_text()
+    assert seen
+    time.sleep(0.2)
+    assert (tmp_path / "b").read_text() == seen
 
 
 # ---- the page ----

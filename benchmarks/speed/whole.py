@@ -1,8 +1,9 @@
 """Whole runs of `distill-nlp run` as a user types it, beside the same distillation by a plain Trainer subclass.
 
 Each stage is a process of its own, timed from its start to its end: imports, the doctor, tokens, the teacher's cache,
-training, evaluation and saving are in it. Every seed has a folder and a cache of answers of its own, and every process
-one of data sets, so that nothing is found ready but the fine-tuned teacher, which is made once and serves both.
+training, evaluation and saving are in it. The two ways of a seed take turns of half a minute, one being stopped while
+the other runs, and only its own turns count. Every seed has a folder and a cache of answers of its own, and every
+process one of data sets, so that nothing is found ready but the fine-tuned teacher, which is made once and serves both.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ import argparse
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from unittest import mock
 import numpy as np
 from datasets import load_dataset
 from idle import shares
-from measuring import Figures, Seconds, compared, cpu_of_children, in_a_process_of_its_own
+from measuring import Figures, Seconds, compared, in_a_process_of_its_own
 from plain import half_of
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from turns import timed_in_turns
 
 from distill_nlp.durable_files import read_json, write_json
 from distill_nlp.inference import encoded_rows, predict_logits
@@ -46,9 +46,8 @@ def tables(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Figures
     runs, found = WholeRuns(options), {PLAIN: [], OURS: []}
     teacher = runs.make_teacher()
     for i, seed in enumerate(options.seeds):
-        ways = [(PLAIN, runs.plain), (OURS, runs.ours)]
-        for name, way in ways[:: -1 if i % 2 else 1]:
-            found[name].append(way(seed))
+        for name, seconds in runs.both(seed, ours_first=bool(i % 2)).items():
+            found[name].append(seconds)
     figures = compared(found)
     for name, place in ((PLAIN, runs.plain_folder), (OURS, runs.student_folder)):
         figures[name]["accuracy"] = [runs.accuracy(place(seed)) for seed in options.seeds]
@@ -58,11 +57,8 @@ def tables(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Figures
     seed = options.seeds[0]
     if options.stages:
         stages = {"teacher, for both": teacher, "student": found[OURS][0]}
-        stages |= {stage: runs.ours(seed, stage) for stage in ("baseline", "report")}
-        seconds = {name: {"seconds": wall} for name, (wall, _) in stages.items()}
-        trained = (read_json(runs.student_folder(seed) / "stage.json") or {})["seconds"]
-        seconds["student: training and evaluation alone"] = {"seconds": trained}
-        yield f"stages of distill-nlp run, seed {seed}", seconds
+        stages |= {stage: runs.after_student(seed, stage) for stage in ("baseline", "report")}
+        yield f"stages of distill-nlp run, seed {seed}", {name: {"seconds": wall} for name, (wall, _) in stages.items()}
     if options.idle:
         yield f"the student's stage of a run of its own, seed {seed}", runs.idle()
 
@@ -123,7 +119,7 @@ class WholeRuns:
             SystemExit: there is nothing to fine-tune.
         """
         run = self.teacher.parent
-        seconds = self._once("teacher", _distill(run, 0, "teacher", self.settings), lambda: _emptied(run))
+        (seconds,) = self._once(("teacher", _distill(run, 0, "teacher", self.settings), lambda: _emptied(run)))
         if not self.teacher.exists():
             raise SystemExit(
                 f"--teacher {self.checkpoint} is a classifier for these labels already, so that no teacher was made: "
@@ -131,20 +127,26 @@ class WholeRuns:
             )
         return seconds
 
-    def ours(self, seed: int, stage: str = "student") -> Seconds:
-        """A stage of the seed's run: the student, or after it "baseline" or "report", which a user gets besides."""
+    def both(self, seed: int, ours_first: bool = False) -> dict[str, Seconds]:
+        """The plain Trainer subclass and the student of `distill-nlp run`, by turns."""
+        folder, run = self.plain_folder(seed), self._run(seed)
+        given = {"data": self.data, "teacher": self.teacher, "checkpoint": self.checkpoint, "seed": seed}
+        given |= {"output": folder, "epochs": self.epochs, "max_length": self.longest}
+        words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+        plain = [sys.executable, str(Path(__file__).with_name("plain.py")), *words]
+        ours = _distill(run, seed, "student", [*self.settings, *self.more])
+        ways = {
+            PLAIN: (f"seed-{seed}/plain", plain, lambda: _emptied(folder)),
+            OURS: (f"seed-{seed}/student", ours, lambda: self._prepare(run)),
+        }
+        names = list(ways)[:: -1 if ours_first else 1]
+        return dict(zip(names, self._once(*(ways[name] for name in names)), strict=True))
+
+    def after_student(self, seed: int, stage: str) -> Seconds:
+        """A further stage of the seed's run, "baseline" or "report", which a user gets besides."""
         run = self._run(seed)
         command = _distill(run, seed, stage, [*self.settings, *self.more])
-        prepare = self._prepare if stage == "student" else lambda run: _emptied(run / stage)
-        return self._once(f"seed-{seed}/{stage}", command, lambda: prepare(run))
-
-    def plain(self, seed: int) -> Seconds:
-        """The plain Trainer subclass."""
-        given = {"data": self.data, "teacher": self.teacher, "checkpoint": self.checkpoint, "seed": seed}
-        given |= {"output": self.plain_folder(seed), "epochs": self.epochs, "max_length": self.longest}
-        words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-        command = [sys.executable, str(Path(__file__).with_name("plain.py")), *words]
-        return self._once(f"seed-{seed}/plain", command, lambda: _emptied(self.plain_folder(seed)))
+        return self._once((f"seed-{seed}/{stage}", command, lambda: _emptied(run / stage)))[0]
 
     def idle(self) -> dict[str, Figures]:
         """Where the time of the first seed's student goes, in a run of its own."""
@@ -172,33 +174,23 @@ class WholeRuns:
         run.mkdir(parents=True)
         (run / "teacher").symlink_to(self.teacher)
 
-    def _once(self, name: str, command: list[str], prepare: Callable[[], None]) -> Seconds:
-        """Seconds of the command, as they are kept in the work folder, or of running it now."""
-        path = self.work / f"{name}.json"
-        kept = read_json(path)
-        if kept is None or kept.get("command") != command:
-            path.unlink(missing_ok=True)
-            prepare()
-            wall, cpu = timed(command)
-            kept = {"command": command, "seconds": [wall, cpu]}
-            write_json(path, kept)
-        return tuple(kept["seconds"])
+    def _once(self, *pieces: tuple[str, list[str], Callable[[], None]]) -> list[Seconds]:
+        """Seconds of each command, as they are kept in the work folder; or of running all of them now, by turns.
 
-
-def timed(command: list[str]) -> Seconds:
-    """Runs it to its end, what it says going to stderr.
-
-    Raises:
-        SystemExit: it failed.
-    """
-    with tempfile.TemporaryDirectory() as datasets:
-        environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"HF_DATASETS_CACHE": datasets}
-        busy, start = cpu_of_children(), time.perf_counter()
-        code = subprocess.run(command, env=environment, cwd=REPOSITORY, stdout=2, check=False).returncode
-        wall, cpu = time.perf_counter() - start, cpu_of_children() - busy
-    if code:
-        raise SystemExit(f"exit code {code} of: {shlex.join(command)}")
-    return wall, cpu
+        Args:
+            pieces: for each the name that its seconds are kept under, the command, and what comes before it.
+        """
+        paths, commands = [self.work / f"{name}.json" for name, _, _ in pieces], [command for _, command, _ in pieces]
+        kept = [read_json(path) or {} for path in paths]
+        if [found.get("command") for found in kept] != commands:
+            for path, (_, _, prepare) in zip(paths, pieces, strict=True):
+                path.unlink(missing_ok=True)
+                prepare()
+            found = timed_in_turns(commands, REPOSITORY)
+            kept = [{"command": command, "seconds": list(s)} for command, s in zip(commands, found, strict=True)]
+            for path, seconds in zip(paths, kept, strict=True):
+                write_json(path, seconds)
+        return [tuple(found["seconds"]) for found in kept]
 
 
 def _distill(run: Path, seed: int, stage: str, settings: list[str]) -> list[str]:

@@ -85,25 +85,26 @@ class AttentionLoss(DistillationLoss):
 
         def loss(rows: slice, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             seen = rows_of(a.mask, rows)
-            log_a = self._over_heads(log_map(query, key, a.scaling, seen, bias))  # (rows, A, S, S)
+            log_a = self._over_heads(log_map(query, key, a.scaling, seen, bias))  # (rows, S, S)
             with torch.no_grad():
                 log_b = self._over_heads(log_attention_map(b, rows, seen))
             tokens = None if mask is None else mask[rows]
             if self.kind == "kl":
-                distance = kl(log_b, log_a)  # (rows, A, S)
+                distance = kl(log_b, log_a)  # (rows, S)
             else:
-                difference = (log_a.exp() - log_b.exp()).square().sum(dim=-1)  # (rows, A, S)
-                keys = log_a.shape[-1] if tokens is None else tokens.sum(dim=1).clamp(min=1)[:, None, None]
+                difference = (log_a.exp() - log_b.exp()).square().sum(dim=-1)  # (rows, S)
+                keys = log_a.shape[-1] if tokens is None else tokens.sum(dim=1).clamp(min=1)[:, None]
                 distance = difference / keys
-            return mean_over_tokens(distance.mean(dim=1), tokens)
+            return mean_over_tokens(distance, tokens)
 
         _, heads, tokens, _ = a.query.shape
         learned = (a.query, a.key) if a.bias is None else (a.query, a.key, a.bias)
         return rowwise(loss, max(heads, b.query.shape[1]) * tokens**2, *learned)
 
     def _over_heads(self, logs: torch.Tensor) -> torch.Tensor:
+        """Logarithms of the mean or sum of a row's maps: (rows, A, S, S) -> (rows, S, S)."""
         count = logs.shape[1] if self._heads == "mean" else 1
-        return logs.logsumexp(dim=1, keepdim=True) - math.log(count)
+        return logs.logsumexp(dim=1) - math.log(count)
 
     def describe(self) -> str:
         heads = f", {self._heads} of heads" if self._heads in ("mean", "sum") else ""

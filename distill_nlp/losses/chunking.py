@@ -22,13 +22,13 @@ ELEMENTS_PER_CHUNK = 1 << 19
 ELEMENTS_PER_CHUNK_ON_ACCELERATORS = 1 << 23
 """On other devices (32 MB in float32): enough that a kernel takes longer than its launch."""
 
-
-def elements_per_chunk(device: torch.device) -> int:
-    return ELEMENTS_PER_CHUNK if device.type == "cpu" else ELEMENTS_PER_CHUNK_ON_ACCELERATORS
-
-
 RowLoss = Callable[..., torch.Tensor]
 """`(rows: slice, *parts) -> (rows,)`: the loss of each of these rows of the batch, from their part of each tensor."""
+
+
+def elements_per_chunk(device: torch.device) -> int:
+    """The most numbers of a map that are computed together there."""
+    return ELEMENTS_PER_CHUNK if device.type == "cpu" else ELEMENTS_PER_CHUNK_ON_ACCELERATORS
 
 
 @torch.compiler.disable

@@ -36,11 +36,13 @@ def log_map(
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask as numbers to add to scores of this type. A score is nothing beside `_MASKED`, which is their sum, then.
+    """The mask as numbers to add to scores of this type: beside `_MASKED` any score is lost in rounding.
 
     A mask is one for all heads: adding it takes less time than filling by it.
     """
-    return torch.where(mask, 0.0, _MASKED).to(dtype) if mask.dtype == torch.bool else mask.to(dtype).clamp(min=_MASKED)
+    if mask.dtype != torch.bool:
+        return mask.to(dtype).clamp(min=_MASKED)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, _MASKED)
 
 
 def log_attention_map(
