@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from distill_nlp.config import CONFIG_FILE, STAGES, SYNTHETIC, TRAIN_TOKENIZER, Experiment
 from distill_nlp.config_training import TrainingSection
-from distill_nlp.doctor import Finding, compact_lines, examine, examine_teachers, guarded
+from distill_nlp.doctor import TIMING_SECONDS, Finding, compact_lines, examine, examine_teachers, guarded
 from distill_nlp.durable_files import write_json
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.fingerprints import Fingerprints
@@ -31,6 +31,9 @@ from distill_nlp.student_stages import StudentStages
 from distill_nlp.teacher_stages import TeacherStages
 from distill_nlp.trackers import check_trackers
 from distill_nlp.training_settings import training_arguments
+
+_TIMING_SECONDS_OF_A_RUN = TIMING_SECONDS / 3
+"""Whoever asks the doctor wants the estimate, whoever runs wants the run."""
 
 
 class Pipeline:
@@ -100,7 +103,7 @@ class Pipeline:
             self.students.check()
         doctor = doctor and self._is_something_to_train(stages)
         if doctor:
-            self._heed(partial(self._examine, stages))
+            self._heed(partial(self._examine, stages, _TIMING_SECONDS_OF_A_RUN))
         # A report of nothing must not decide the precision of a run that has not begun.
         if self.state.is_main_process and (set(stages) != {"report"} or (self.root / CONFIG_FILE).is_file()):
             write_json(self.root / CONFIG_FILE, _settings(self.experiment))
@@ -142,15 +145,15 @@ class Pipeline:
             self.settle()
         return self._examined(self._examine)
 
-    def _examine(self, stages: Sequence[str] = STAGES) -> list[Finding]:
+    def _examine(self, stages: Sequence[str] = STAGES, seconds: float = TIMING_SECONDS) -> list[Finding]:
         """All checks as the first phase of the student meets them, and of the others that their losses fit."""
         if not self.experiment.phases:
-            return examine(self.materials, self.prints, stages)
+            return examine(self.materials, self.prints, stages, seconds=seconds)
         views = self.students.views
         # What is to be typed names the phase.
         found = [
             replace(one, fix=one.fix.replace("--losses.", "--phases.0.losses."))
-            for one in examine(views[0], self.prints, stages)
+            for one in examine(views[0], self.prints, stages, seconds=seconds)
         ]
         for i, materials in enumerate(views[1:], 2):
             name, objective = f"phase {i}", partial(getattr, materials, "objective")

@@ -113,7 +113,7 @@ def experiment(tmp_path):
 def no_doctor(monkeypatch):
     """`run` without its examination, which would rightly stop at teachers of random weights."""
     for name in ("examine", "examine_teachers"):
-        monkeypatch.setattr(f"distill_nlp.pipeline.{name}", lambda *arguments: [])
+        monkeypatch.setattr(f"distill_nlp.pipeline.{name}", lambda *arguments, **settings: [])
 
 
 @pytest.fixture

@@ -99,6 +99,12 @@ def test_a_run_shows_what_needs_attention_alone():
     assert found[-1] == f"{'doctor':<20} 3 checks, 1 warning, 1 stop"
 
 
+def test_a_run_shows_how_long_it_will_take():
+    found = compact_lines([OK, Finding("ok", "time", "about 12 min"), WARNING])
+    assert found[0] == f"{'doctor':<20} time: about 12 min"
+    assert len(found) == 1 + 3 + 1
+
+
 def test_the_terminal_shows_every_word_of_what_was_found():
     console = Console(width=60, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(terminal_findings([OK, WARNING, STOP]))

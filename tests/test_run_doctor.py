@@ -105,9 +105,23 @@ def test_a_run_is_bit_identical_with_and_without_the_doctor_and_a_finished_one_i
         assert all((one[name] == other[name]).all() for name in one)
 
 
+def test_a_run_says_how_long_it_will_take_and_times_less_for_it_than_the_doctor(experiment, capsys, monkeypatch):
+    given = []
+
+    def examine(*_, seconds):
+        given.append(seconds)
+        return [Finding("ok", "time", "about 12 min"), Finding("stop", "losses", "it cannot be", "why", "fix")]
+
+    monkeypatch.setattr("distill_nlp.pipeline.examine", examine)
+    for command in ("doctor", "run"):
+        assert main([command, str(experiment(losses=KL))]) == 2
+    assert "doctor               time: about 12 min" in capsys.readouterr().err
+    assert 0 < given[1] < given[0]
+
+
 def test_what_it_says_of_a_phase_can_be_typed(experiment, capsys, monkeypatch):
     stop = Finding("stop", "losses", "it cannot be", "it would fail", "--losses.kl.weight 0")
-    monkeypatch.setattr("distill_nlp.pipeline.examine", lambda *_: [stop])
+    monkeypatch.setattr("distill_nlp.pipeline.examine", lambda *_, **__: [stop])
     for phases, expected in (([], "fix --losses.kl.weight 0"), ([{}], "fix --phases.0.losses.kl.weight 0")):
         assert main(["doctor", str(experiment(phases=phases))]) == 2
         assert expected in " ".join(capsys.readouterr().out.split())

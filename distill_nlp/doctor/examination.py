@@ -28,7 +28,7 @@ from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.training_settings import mixed_precision
 
 ACCURACY_ROWS = 200
-SECONDS = 15.0
+TIMING_SECONDS = 15.0
 
 
 def examine(
@@ -36,7 +36,7 @@ def examine(
     prints: Fingerprints,
     stages: Sequence[str] = STAGES,
     accuracy_rows: int = ACCURACY_ROWS,
-    seconds: float = SECONDS,
+    seconds: float = TIMING_SECONDS,
 ) -> list[Finding]:
     """Looks for what can be known to be wrong before the first step.
 

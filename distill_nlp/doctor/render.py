@@ -21,10 +21,13 @@ def lines(findings: Sequence[Finding]) -> list[str]:
 
 
 def compact_lines(findings: Sequence[Finding]) -> list[str]:
-    """Warnings and stops alone, and one line with the number of checks; in the columns of a run's messages."""
-    troubles = [finding for finding in findings if finding.level != "ok"]
+    """Warnings, stops and the time, and one line with the number of checks; in the columns of a run's messages."""
     found = []
-    for finding in troubles:
+    for finding in findings:
+        if finding.level == "ok":
+            if finding.check == "time":
+                found.append(f"{'doctor':<20} time: {finding.what}")
+            continue
         found.append(f"{'doctor':<20} {finding.level}, {finding.check}: {finding.what}")
         found += [f"{'':<20} {part}: {getattr(finding, part)}" for part in ("why", "fix")]
     checks = len({finding.check for finding in findings})
