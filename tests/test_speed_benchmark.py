@@ -586,7 +586,8 @@ def test_what_does_not_serve_is_refused_in_one_line(runs, tmp_path, place, said)
 
 
 TICKING = """
-import sys, time
+import os, sys, time
+open(sys.argv[1] + ".pid", "w").write(str(os.getpid()))
 path, seconds = sys.argv[1], float(sys.argv[2])
 while time.process_time() < seconds:
     print(time.time(), file=open(path, "a"))
@@ -618,10 +619,10 @@ def test_a_command_that_fails_ends_the_others(tmp_path):
     with pytest.raises(SystemExit, match="exit code 3 of: ") as error:
         turns.timed_in_turns([other, failing], tmp_path, turn=0.3)
     assert shlex.join(failing) in str(error.value)
-    seen = (tmp_path / "b").read_text()
-    assert seen
-    time.sleep(0.2)
-    assert (tmp_path / "b").read_text() == seen
+    assert (tmp_path / "b").read_text()
+    # Not even as a zombie.
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "b.pid").read_text()), 0)
 
 
 # ---- the page ----

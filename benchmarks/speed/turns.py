@@ -35,14 +35,14 @@ def timed_in_turns(commands: Sequence[Sequence[str]], folder: Path, turn: float 
     wall, cpu = [0.0] * len(commands), [0.0] * len(commands)
     waiting = deque(range(len(commands)))
     with ExitStack() as stack:
-        # A process that is stopped does not see Ctrl-C.
-        stack.callback(lambda: [_signal(process, signal.SIGKILL) for process in processes.values()])
         while waiting:
             i, busy, start = waiting.popleft(), cpu_of_children(), time.perf_counter()
             if i in processes:
                 _signal(processes[i], signal.SIGCONT)
             else:
                 datasets = stack.enter_context(tempfile.TemporaryDirectory())
+                # Before its folder goes; a process that is stopped does not see Ctrl-C.
+                stack.callback(_end, processes, i)
                 environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"HF_DATASETS_CACHE": datasets}
                 # With a group of its own, which is stopped whole.
                 processes[i] = subprocess.Popen(
@@ -60,6 +60,12 @@ def timed_in_turns(commands: Sequence[Sequence[str]], folder: Path, turn: float 
                     raise SystemExit(f"exit code {code} of: {shlex.join(commands[i])}")
             wall[i] += time.perf_counter() - start
     return list(zip(wall, cpu, strict=True))
+
+
+def _end(processes: dict[int, subprocess.Popen[bytes]], i: int) -> None:
+    if i in processes:
+        _signal(processes[i], signal.SIGKILL)
+        processes[i].wait()
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
