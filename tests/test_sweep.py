@@ -21,10 +21,11 @@ from optuna.storages.journal import JournalFileBackend
 from test_sweep_plan import write_sweep
 
 from distill_nlp import settling
+from distill_nlp.arguments import DistillationArguments
 from distill_nlp.cli import main
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.resumable import CheckpointNotWritten
-from distill_nlp.sweep import load_sweep, measure, run_sweep, study, trial
+from distill_nlp.sweep import load_sweep, measure, run_sweep, runner, study, trial
 from distill_nlp.sweep.runner import check
 from distill_nlp.sweep.space import Space
 
@@ -203,6 +204,20 @@ def test_two_processes_end_with_just_the_number_of_trials_and_the_points_of_one(
     alone = run_sweep(path, output_dir=str(tmp_path / "alone"), trials=2)
     assert [t["settings"] for t in alone["trials"]] == [t["settings"] for t in result["trials"][:2]]
     assert [t["value"] for t in alone["trials"]] == [t["value"] for t in result["trials"][:2]]
+
+
+def test_among_several_gpus_the_teacher_and_the_trials_of_dead_workers_take_the_first(sweep, monkeypatch):
+    def visible(arguments):
+        return len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(DistillationArguments, "n_gpu", property(visible))
+    handed = []
+    # The workers die before they take a trial.
+    monkeypatch.setattr(runner, "work_in_processes", lambda *given: handed.append(given[-1]))
+    assert states(run_sweep(sweep(trials=1), workers=2)) == ["finished"]
+    assert handed == ["2,3"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 def test_the_same_command_twice_at_once_shares_the_trials(sweep, tmp_path):

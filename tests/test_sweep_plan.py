@@ -13,6 +13,7 @@ from distill_nlp.config_file import load_experiment
 from distill_nlp.errors import UsageError
 from distill_nlp.sweep import Sweep, load_sweep, run_sweep
 from distill_nlp.sweep.command import run_command
+from distill_nlp.sweep.runner import check
 from distill_nlp.sweep.space import Space
 from distill_nlp.training_settings import effective
 
@@ -111,6 +112,18 @@ def test_neither_zero_workers_nor_several_ranks_are_taken(sweep, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="not launched on several ranks"):
         run_sweep(sweep())
+
+
+def test_a_process_with_several_gpus_is_refused_before_it_trains_unless_it_stays_on_the_cpu(sweep, monkeypatch):
+    def refuse():
+        raise UsageError("several")
+
+    monkeypatch.setattr("distill_nlp.sweep.runner.refuse_several_gpus", refuse)
+    plan = load_sweep(sweep())
+    with pytest.raises(UsageError, match="several"):
+        check(plan, Space(plan.sweep.space), print)
+    plan = load_sweep(sweep(overrides={"training.use_cpu": True}))
+    check(plan, Space(plan.sweep.space), print)
 
 
 def test_a_file_in_the_way_of_the_folder_is_named(sweep, tmp_path):

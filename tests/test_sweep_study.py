@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import contextmanager
+from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from distill_nlp.errors import UsageError
@@ -187,6 +190,49 @@ def test_half_a_line_that_a_crash_left_is_dropped(open_study, tmp_path):
     assert journal.read_bytes().startswith(whole)
     assert len(run_all(study)) == 1
     assert open_study().finished == 3
+
+
+@contextmanager
+def within(seconds):
+    """A test that would otherwise go on for good fails."""
+
+    def stop(*_):
+        pytest.fail(f"not done in {seconds} s")
+
+    earlier = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, earlier)
+
+
+@pytest.mark.filterwarnings("ignore:The value of `grace_period`")
+def test_a_worker_that_died_in_a_write_holds_up_the_next_one_for_a_while_only(open_study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("distill_nlp.sweep.study._ABANDONED", 1)
+    study = open_study(output_dir="relative")
+
+    def die_in_a_write():
+        os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+        study.claim()
+
+    in_a_process_that_dies(die_in_a_write)
+    assert os.path.lexists(f"relative/{JOURNAL}.lock")
+    with within(20):
+        assert len(run_all(open_study(output_dir="relative"))) == 4
+
+
+@pytest.mark.parametrize("folder", ["relative", "absolute"])
+def test_a_lock_that_an_earlier_version_left_is_removed(open_study, tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    root = Path(folder) if folder == "relative" else tmp_path / folder
+    run_all(open_study(output_dir=str(root), trials=1))
+    JournalFileSymlinkLock(str(root / JOURNAL)).acquire()
+    with within(20):
+        assert len(run_all(open_study(output_dir=str(root)))) == 3
+    assert not os.path.lexists(root / f"{JOURNAL}.lock")
 
 
 def test_each_pruner_has_its_name():

@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from distill_nlp.errors import DistillError
-from distill_nlp.sweep.workers import _take_share, work, work_in_processes
+from distill_nlp.errors import DistillError, UsageError
+from distill_nlp.sweep.workers import _take_share, first_gpu_alone, refuse_several_gpus, work, work_in_processes
 
 
 @pytest.mark.parametrize(
@@ -22,18 +22,44 @@ from distill_nlp.sweep.workers import _take_share, work, work_in_processes
         ("3,5", 2, 0, "3"),
         ("3,5", 2, 1, "5"),
         ("3", 1, 1, "3"),
+        ("GPU-7f, GPU-a1", 2, 1, "GPU-a1"),
+        ("", 0, 1, ""),
         (None, 1, 1, None),
     ],
 )
 def test_each_worker_has_a_gpu_of_its_own_where_there_are_several(monkeypatch, visible, there, index, expected):
+    # That of the process which started it.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    _take_share(index, 2, visible)
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "first"), [(None, "0"), ("3,5", "3"), ("5", "5"), ("GPU-7f, GPU-a1", "GPU-7f"), ("", ""), ("-1", "-1")]
+)
+def test_the_process_of_a_sweep_sees_its_first_gpu_until_the_end(monkeypatch, visible, first):
     # Set first, so that it is put back afterwards.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if visible is None:
         del os.environ["CUDA_VISIBLE_DEVICES"]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    _take_share(index, 2)
-    assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
+    with first_gpu_alone() as whole:
+        assert (whole, os.environ["CUDA_VISIBLE_DEVICES"]) == (visible, first)
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+def test_a_process_that_used_cuda_with_several_gpus_before_is_refused(monkeypatch):
+    found = [1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found[-1])
+    monkeypatch.setattr(torch.cuda, "init", lambda: found.append(2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refuse_several_gpus()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="has used CUDA already, with 2 GPUs, and a trial takes one"):
+        refuse_several_gpus()
+    monkeypatch.setattr(torch.cuda, "init", lambda: found.append(1))
+    refuse_several_gpus()
 
 
 def test_a_worker_that_nobody_waits_for_takes_no_trial():
@@ -59,7 +85,7 @@ def test_processes_share_the_threads_and_those_that_end_badly_are_said(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        work_in_processes(2, end_badly, (tmp_path,), said.append)
+        work_in_processes(2, end_badly, (tmp_path,), said.append, None)
     finally:
         torch.set_num_threads(threads)
     ends = sorted(line.partition(": ")[2] for line in said)
@@ -78,6 +104,6 @@ def test_an_interruption_ends_the_processes_too():
 
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        work_in_processes(1, wait, (), interrupt)
+        work_in_processes(1, wait, (), interrupt, None)
     assert time.monotonic() - start < 300
     assert multiprocessing.active_children() == []

@@ -19,7 +19,7 @@ from distill_nlp.sweep.space import Space
 from distill_nlp.sweep.study import REASON, SweepStudy
 from distill_nlp.sweep.tables import collect, write_tables
 from distill_nlp.sweep.trial import TeacherHome, prepare_base
-from distill_nlp.sweep.workers import work, work_in_processes
+from distill_nlp.sweep.workers import first_gpu_alone, refuse_several_gpus, work, work_in_processes
 
 
 def run_sweep(
@@ -34,7 +34,8 @@ def run_sweep(
 
     The same call may run several times at once, on machines that share the folder: they share the trials, and the last
     one to finish measures and writes the tables. What an interrupted or killed one leaves is taken up by the next.
-    A script that asks for several workers calls it under `if __name__ == "__main__":`, as it starts processes.
+    A script that asks for several workers calls it under `if __name__ == "__main__":`, as it starts processes. Those
+    have a GPU each; this process uses the first one alone, so call it before anything else uses CUDA.
 
     Args:
         path: of the sweep's YAML.
@@ -47,7 +48,8 @@ def run_sweep(
         What sweep.json holds; `running` counts the trials that others are still at, with which nothing is measured yet.
 
     Raises:
-        UsageError: settings, data and models do not fit each other, or the folder holds another sweep.
+        UsageError: settings, data and models do not fit each other, the folder holds another sweep, or this process
+            uses several GPUs already.
         DistillError: no trial came to its end; with the first reason.
 
     Example:
@@ -59,20 +61,21 @@ def run_sweep(
         raise UsageError(f"--workers must be at least 1, got {workers}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a sweep is not launched on several ranks: each trial is one process; use --workers")
-    plan = load_sweep(path, overrides, output_dir, trials)
-    check_can_be_made(plan.root, "output_dir")
-    space = Space(plan.sweep.space)
-    definition = check(plan, space, say)
-    study = SweepStudy(plan, space, definition)
-    _ = study.wanted  # a grid that cannot be made is known before the teacher is trained
-    base = prepare_base(plan, study, space.ends()[0], say)
-    if study.finished < study.wanted:
-        if workers > 1:
-            arguments = (plan, space, definition, base)
-            work_in_processes(min(workers, study.wanted - study.finished), work_apart, arguments, say)
-        # After the processes as well: one of them may have died.
-        work(plan, study, base, say, partial(_write, plan, study))
-    return finish(plan, study, base, say)
+    with first_gpu_alone() as visible:
+        plan = load_sweep(path, overrides, output_dir, trials)
+        check_can_be_made(plan.root, "output_dir")
+        space = Space(plan.sweep.space)
+        definition = check(plan, space, say)
+        study = SweepStudy(plan, space, definition)
+        _ = study.wanted  # a grid that cannot be made is known before the teacher is trained
+        base = prepare_base(plan, study, space.ends()[0], say)
+        if study.finished < study.wanted:
+            if workers > 1:
+                arguments = (plan, space, definition, base)
+                work_in_processes(min(workers, study.wanted - study.finished), work_apart, arguments, say, visible)
+            # After the processes as well: one of them may have died.
+            work(plan, study, base, say, partial(_write, plan, study))
+        return finish(plan, study, base, say)
 
 
 def work_apart(
@@ -87,10 +90,12 @@ def check(plan: SweepPlan, space: Space, say: Say) -> dict[str, Any]:
     """Validates the experiment at the first point; gives what makes the trials of a folder comparable.
 
     Raises:
-        UsageError: the experiment with the first point's settings is not valid.
+        UsageError: the experiment with the first point's settings is not valid, or this process has several GPUs.
     """
     first, others = space.ends()
     experiment = plan.experiment(first, plan.root)
+    if not experiment.training.use_cpu:
+        refuse_several_gpus()
     for settings in others:
         try:
             plan.experiment(settings, plan.root)

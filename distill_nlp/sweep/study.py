@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 from filelock import FileLock, Timeout
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from distill_nlp.errors import UsageError
@@ -28,6 +28,7 @@ MOST_ATTEMPTS = 3
 RECORD = "record"
 REASON = "reason"
 _PATIENCE = 2.0  # seconds
+_ABANDONED = 30  # seconds, of a lock around a write of milliseconds
 _ATTEMPTS = "attempts"
 _DEFINITION = "sweep"
 
@@ -87,7 +88,7 @@ class SweepStudy:
         (self.root / "locks").mkdir(parents=True, exist_ok=True)
         with self.lock():
             path = self.root / JOURNAL
-            lock = JournalFileSymlinkLock(str(path))
+            lock = _journal_lock(path)
             _drop_torn_line(path, lock)
             self.study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(str(path), lock_obj=lock)),
@@ -214,7 +215,19 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _drop_torn_line(path: Path, lock: JournalFileSymlinkLock) -> None:
+def _journal_lock(path: Path) -> JournalFileOpenLock:
+    """The lock of one write. A worker that is killed in it leaves it, and the next one takes it away after a while.
+
+    It is a file and not Optuna's link: a link to a relative path leads nowhere, and Optuna, which asks for the age of
+    what it leads to, waits for that without an end. So one that an earlier version left is removed here.
+    """
+    left = path.with_name(f"{path.name}.lock")
+    if left.is_symlink():
+        left.unlink(missing_ok=True)
+    return JournalFileOpenLock(str(path), grace_period=_ABANDONED)
+
+
+def _drop_torn_line(path: Path, lock: JournalFileOpenLock) -> None:
     """A machine that went down may leave half a line, after which no other one could be read."""
     if not path.exists():
         return

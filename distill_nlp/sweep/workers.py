@@ -8,17 +8,51 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 
-from distill_nlp.errors import DistillError
+from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.stage_training import Say
 from distill_nlp.sweep.plan import SweepPlan
 from distill_nlp.sweep.study import SweepStudy
 from distill_nlp.sweep.trial import TeacherHome, run_trial
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@contextmanager
+def first_gpu_alone() -> Iterator[str | None]:
+    """Within it this process sees the first of its GPUs and no other, as a training takes all that it sees.
+
+    It must begin before CUDA does, which reads the variable once; `refuse_several_gpus` finds out. Gives what the
+    variable was, from which each worker takes a GPU of its own.
+    """
+    visible = os.environ.get(_VISIBLE)
+    # "" stays: it is no GPU.
+    first = "0" if visible is None else visible.split(",")[0].strip()
+    with patch_environment(**{_VISIBLE: first}):
+        yield visible
+
+
+def refuse_several_gpus() -> None:
+    """Refuses a process that used CUDA before it was left one GPU; each of its trials would fail, and count.
+
+    Raises:
+        UsageError: it still sees several.
+    """
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.init()  # until then the count follows the variable, whatever CUDA has read
+    if (count := torch.cuda.device_count()) > 1:
+        raise UsageError(
+            f"this process has used CUDA already, with {count} GPUs, and a trial takes one: start the sweep before "
+            "that, or with CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def work(
@@ -54,7 +88,9 @@ def work(
         torch.cuda.empty_cache()
 
 
-def work_in_processes(count: int, target: Callable[..., None], arguments: tuple[Any, ...], say: Say) -> None:
+def work_in_processes(
+    count: int, target: Callable[..., None], arguments: tuple[Any, ...], say: Say, visible: str | None
+) -> None:
     """Runs `target(say, go_on, *arguments)` in `count` processes and speaks for them.
 
     A process that ends badly is said, and nothing more: its trial is there for the others.
@@ -64,13 +100,14 @@ def work_in_processes(count: int, target: Callable[..., None], arguments: tuple[
         target: a function of a module.
         arguments: what can be pickled.
         say: gets their lines.
+        visible: CUDA_VISIBLE_DEVICES with the GPUs that they share; None: all.
     """
     context = multiprocessing.get_context("spawn")
     ends: dict[Connection, Any] = {}
     processes = []
     for i in range(count):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(i, count, sender, target, arguments))
+        process = context.Process(target=_child, args=(i, count, visible, sender, target, arguments))
         process.start()
         # Only the child's end is left open, so that its death shows here.
         sender.close()
@@ -104,8 +141,15 @@ def _end(processes: list[Any], seconds: float = 20) -> None:
             process.join(max(0.0, limit - time.monotonic()))
 
 
-def _child(index: int, count: int, lines: Connection, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    _take_share(index, count)
+def _child(
+    index: int,
+    count: int,
+    visible: str | None,
+    lines: Connection,
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    _take_share(index, count, visible)
     _keep_quiet()
     parent = multiprocessing.parent_process()
 
@@ -138,10 +182,17 @@ def _keep_quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def _take_share(index: int, count: int) -> None:
-    """This worker's part of the machine: a GPU, where there are several, and of the CPU's threads."""
-    devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+def _take_share(index: int, count: int, visible: str | None) -> None:
+    """This worker's part of the machine: a GPU, where there are several, and of the CPU's threads.
+
+    Of the GPUs in `visible`: what this process has in its environment is the part of the one that started it.
+    """
+    if visible is None:
+        os.environ.pop(_VISIBLE, None)
+    else:
+        os.environ[_VISIBLE] = visible
+    devices = [d.strip() for d in (visible or "").split(",") if d.strip()]
     devices = devices or [str(i) for i in range(torch.cuda.device_count())]
     if len(devices) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
+        os.environ[_VISIBLE] = devices[index % len(devices)]
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
