@@ -93,7 +93,7 @@ def compare(
         candidate.read(rows)
         found = candidate.logits(batch_size, device)
         logits[name] = found if orders[name] is None else found[:, orders[name]]
-    means, values = compared(logits, labels, [[name] for name in models], settings.bootstrap_samples)
+    (own,), values = compared(logits, labels, [list(models)], settings.bootstrap_samples)
     speed = measure_speed({name: [candidate] for name, candidate in opened.items()}, settings, device)
     several = labels.ndim == 2
     return {
@@ -116,7 +116,7 @@ def compare(
             {
                 "a": models[i],
                 "b": models[j],
-                "difference": {"value": float(means[i] - means[j]), "interval": interval(values[:, i] - values[:, j])},
+                "difference": {"value": float(own[i] - own[j]), "interval": interval(values[:, i] - values[:, j])},
                 "agreement": agreement(logits[models[i]], logits[models[j]], several),
                 "mcnemar": mcnemar(*(right_rows(logits[models[k]], labels) for k in (i, j))),
             }

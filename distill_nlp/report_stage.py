@@ -132,13 +132,16 @@ class ReportStage:
     def _is_the_same(self, report: dict[str, Any], fingerprint: dict[str, Any]) -> bool:
         return (
             report.get("schema_version") == SCHEMA_VERSION
+            # Without it, its intervals drew seeds with replacement.
+            and "rows_interval" in report["comparison"]["difference"]
             and report.get("run", {}).get("fingerprint") == fingerprint
             and damage(self.root, REPORT_MANIFEST_FILE) is None
         )
 
     def _stage_records(self) -> dict[str, Any]:
         """Steps, seconds, energy and objective of each finished stage of these seeds, and since when they count."""
-        names = [part.name for part in self.materials.teachers]
+        # Of a teacher that came finished, a folder here is of an earlier run.
+        names = [part.name for part in self.materials.teachers if part.finished is None]
         for seed in self.experiment.seeds:
             before = [f"student/seed-{seed}-phase-{i}" for i in range(1, len(self.experiment.phases))]
             names += [f"baseline/seed-{seed}", *before, f"student/seed-{seed}"]

@@ -121,9 +121,12 @@ def test_models_are_compared_by_macro_f1_and_rows_by_exact_matches():
     for name, value in (("teacher", teacher), ("baseline", baseline), ("student", student)):
         low, high = found["f1_macro_intervals"][name]
         assert low < value < high
-        assert high - low < 0.2
-    low, high = found["difference"]["interval"]
+        assert name != "teacher" or high - low < 0.2
+    low, high = found["difference"]["rows_interval"]
     assert 0 < low < student - baseline < high
+    assert high - low < 0.2
+    wide = found["difference"]["interval"]
+    assert wide[0] < low < high < wide[1]
     for seed in (0, 1):
         right = [((models[f"{kind}/{seed}"] > 0) == wanted).all(axis=1) for kind in ("student", "baseline")]
         expected = mcnemar(*right)
@@ -236,5 +239,6 @@ def test_the_tables_show_macro_f1_first_then_micro_f1_and_exact_matches(report, 
 @pytest.mark.parametrize(("bounds", "expected"), [([0.01, 0.03], "beats"), ([-0.03, -0.01], "is WORSE than")])
 def test_the_verdict_names_macro_f1(bounds, expected):
     value = bounds[0] + 0.01
-    found = verdict({"metric": "f1_macro", "comparison": {"difference": {"value": value, "interval": bounds}}})
+    comparison = {"difference": {"value": value, "interval": bounds}, "mcnemar": {"seeds": {"0": {}, "1": {}}}}
+    found = verdict({"metric": "f1_macro", "comparison": comparison})
     assert f"{expected} the plain baseline by 2.00 points of macro-F1." in found

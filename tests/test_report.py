@@ -14,7 +14,7 @@ from distill_nlp.config import ReportSection
 from distill_nlp.metrics import ClassificationMetrics, compute_metrics
 from distill_nlp.report import ReportTeacher, build_report, render_markdown, terminal_table, write_report
 from distill_nlp.report.render import verdict
-from distill_nlp.report.statistics import bootstrap_means, gap_closed, interval, mcnemar
+from distill_nlp.report.statistics import bootstrap_means, gap_closed, interval, mcnemar, seed_shifts
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -88,6 +88,37 @@ def test_the_interval_of_the_difference_knows_that_seeds_differ():
     assert difference["value"] == pytest.approx(0.01, abs=0.02)
     assert difference["interval"][0] < -0.06
     assert difference["interval"][1] > 0.08
+    low, high = difference["rows_interval"]
+    assert -0.02 < low < high < 0.04
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_interval_over_rows_and_seeds_covers_what_it_says(seeds):
+    """Models of the same mean accuracy, which differ by seed much more than by rows: 5% of the intervals miss 0."""
+    from distill_nlp.report.build import compare_seeds
+
+    rng, labels, missed = np.random.default_rng(seeds), np.zeros(4000, dtype=int), 0
+
+    def logits():
+        wrong = rng.random(len(labels)) > rng.normal(0.80, 0.03)
+        return np.stack([~wrong, wrong], axis=1).astype(float)
+
+    runs = 150
+    for _ in range(runs):
+        kinds = {f"{kind}/{seed}": logits() for kind in ("baseline", "student") for seed in range(seeds)}
+        found = compare_seeds({"teacher": logits(), **kinds}, labels, list(range(seeds)), 400)["difference"]
+        low, high = found["interval"]
+        missed += not low < 0 < high
+    # More than 17 of 150 at 5% are one chance in a thousand. Seeds drawn with replacement miss up to half of them.
+    assert missed <= 17
+
+
+def test_the_shifts_of_seeds_are_students_t():
+    own = np.array([0.81, 0.84, 0.80, 0.86])
+    moved = seed_shifts(4, 200_000) @ (own - own.mean())
+    error = own.std(ddof=1) / 2
+    assert np.quantile(moved / error, [0.025, 0.5, 0.975]) == pytest.approx([-3.182, 0.0, 3.182], abs=0.05)
+    assert not seed_shifts(1, 5).any()
 
 
 def test_macro_f1_counts_a_class_that_is_never_predicted():
@@ -176,16 +207,28 @@ def test_the_table_can_be_shown(report):
     assert "distilled student" in console.export_text()
 
 
+OF_THESE = "; 3 seeds say nothing sure of others."
+
+
 @pytest.mark.parametrize(
-    ("value", "bounds", "expected"),
+    ("seeds", "value", "bounds", "of_rows", "expected"),
     [
-        (0.02, [0.01, 0.03], "beats the plain baseline by 2.00 points"),
-        (-0.02, [-0.03, -0.01], "WORSE"),
-        (0.02, [-0.01, 0.05], "No difference"),
+        (3, 0.02, [0.01, 0.03], [0.015, 0.025], "The distilled student beats the plain baseline by 2.00 points."),
+        (3, -0.02, [-0.03, -0.01], [-0.03, -0.01], "The distilled student is WORSE than the plain baseline by 2.00 "),
+        (3, 0.02, [-0.01, 0.05], [0.01, 0.03], "These 3 distilled students beat their plain baselines by 2.00 points"),
+        (3, 0.02, [-0.01, 0.05], [0.01, 0.03], OF_THESE),
+        (3, -0.02, [-0.05, 0.01], [-0.03, -0.01], "These 3 distilled students are WORSE than their plain baselines"),
+        (3, 0.02, [-0.01, 0.05], [-0.01, 0.05], "No difference"),
+        (3, 0.02, [-0.01, 0.05], None, "No difference"),
+        (1, 0.02, [0.01, 0.03], [0.01, 0.03], "This distilled student beats its plain baseline by 2.00 points; one "),
+        (1, -0.02, [-0.03, -0.01], [-0.03, -0.01], "This distilled student is WORSE than its plain baseline by"),
+        (1, 0.02, [-0.01, 0.05], [-0.01, 0.05], "No difference"),
     ],
 )
-def test_the_verdict_claims_no_more_than_the_interval(value, bounds, expected):
-    assert expected in verdict({"comparison": {"difference": {"value": value, "interval": bounds}}})
+def test_the_verdict_claims_no_more_than_the_intervals(seeds, value, bounds, of_rows, expected):
+    difference = {"value": value, "interval": bounds} | ({} if of_rows is None else {"rows_interval": of_rows})
+    tests = {"seeds": dict.fromkeys(map(str, range(seeds)))}
+    assert expected in verdict({"comparison": {"difference": difference, "mcnemar": tests}})
 
 
 def test_a_teacher_with_permuted_labels_is_read_by_name(tmp_path):

@@ -256,6 +256,9 @@ def test_the_settings_kept_with_a_run_name_places_that_every_folder_finds(experi
     assert kept.data.tokenizer == kept.teacher.model == kept.teacher.ensemble[0].model == str(tmp_path / "backbone")
     assert kept.teacher.ensemble[1].model is None
     assert len(Pipeline(kept).materials.splits.train)
+    # As the stage of a student keeps them.
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "backbone" / "stage.json").write_text(json.dumps({"run_settings": kept}))
     student = FinishedStudent(tmp_path / "backbone", tmp_path / "run")
     facts = student_facts(student, Private([tmp_path / "run"]))
     assert (facts.dataset, facts.base_model, facts.dataset_name) == (None, None, "data")

@@ -208,7 +208,7 @@ def test_a_stage_that_was_interrupted_says_since_when_its_seconds_and_energy_cou
         (tmp_path / name / "stage.json").write_text(json.dumps(stage | {"resumed_from": resumed_from, "versions": {}}))
     run = SimpleNamespace(
         root=tmp_path,
-        materials=SimpleNamespace(teachers=[SimpleNamespace(name="teacher")]),
+        materials=SimpleNamespace(teachers=[SimpleNamespace(name="teacher", finished=None)]),
         experiment=SimpleNamespace(seeds=[0], phases=[]),
     )
     report = make_report(seeds=(0,))
@@ -219,6 +219,19 @@ def test_a_stage_that_was_interrupted_says_since_when_its_seconds_and_energy_cou
     assert "| student/seed-0 | 1·kl | 4 | 2 (from checkpoint-3 on) |" in markdown
     assert "| baseline/seed-0 | 1·kl | 4 | 2 |" in markdown
     assert page.count("(from checkpoint-3 on)") == 1
+
+
+def test_a_teacher_of_an_earlier_run_is_no_stage_of_one_whose_teacher_came_finished(tmp_path):
+    for name in ("teacher", "teacher-2", "student/seed-0"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "stage.json").write_text(json.dumps({"steps": 4}))
+    parts = [SimpleNamespace(name="teacher", finished=object()), SimpleNamespace(name="teacher-2", finished=None)]
+    run = SimpleNamespace(
+        root=tmp_path,
+        materials=SimpleNamespace(teachers=parts),
+        experiment=SimpleNamespace(seeds=[0], phases=[]),
+    )
+    assert list(ReportStage._stage_records(run)) == ["teacher-2", "student/seed-0"]
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -19,7 +19,7 @@ from distill_nlp.report.quality import detail, kl_to_teacher, quality
 from distill_nlp.report.rows import TestRows, slices
 from distill_nlp.report.schema import SCHEMA_VERSION
 from distill_nlp.report.scores import Logits, agreement, compared, right_rows, scores
-from distill_nlp.report.statistics import gap_closed, interval, mcnemar
+from distill_nlp.report.statistics import gap_closed, interval, mcnemar, seed_shifts
 
 LOGITS = "logits"
 ROWS = "rows"
@@ -126,19 +126,25 @@ def compare_seeds(logits: Logits, labels: np.ndarray, seeds: list[int], samples:
         See `schema.Comparison`.
     """
     baselines, students = ([f"{kind}/{seed}" for seed in seeds] for kind in ("baseline", "student"))
-    # Each resample draws test rows, the same for all models, and then seeds: another run would have had other ones.
-    (t, b, s), values = compared(logits, labels, [["teacher"], baselines, students], samples)  # (samples, 1 + 2 seeds)
-    drawn = np.random.default_rng(1).integers(len(seeds), size=(samples, len(seeds)))
+    found, values = compared(logits, labels, [["teacher"], baselines, students], samples)  # (samples, 1 + 2 seeds)
+    t, b, s = (float(own.mean()) for own in found)
+    # Each resample draws test rows, the same for all models, and then other seeds than this run happened to have.
+    shifts = seed_shifts(len(seeds), samples, seed=1)
     bt = values[:, 0]
-    bb = np.take_along_axis(values[:, 1 : 1 + len(seeds)], drawn, axis=1).mean(axis=1)
-    bs = np.take_along_axis(values[:, 1 + len(seeds) :], drawn, axis=1).mean(axis=1)
+    of_rows = [part.mean(axis=1) for part in (values[:, 1 : 1 + len(seeds)], values[:, 1 + len(seeds) :])]
+    moved = [shifts @ (own - own.mean()) for own in found[1:]]
+    bb, bs = (np.clip(rows + shift, 0.0, 1.0) for rows, shift in zip(of_rows, moved, strict=True))
     closed = float(gap_closed(t, b, s))
     tests = {}
     for seed, student, baseline in zip(seeds, students, baselines, strict=True):
         tests[str(seed)] = _named(mcnemar(*(right_rows(logits[name], labels) for name in (student, baseline))))
     metric = task_metric(MULTI_LABEL if labels.ndim == 2 else SINGLE_LABEL)
     return {
-        "difference": {"value": float(s - b), "interval": interval(bs - bb)},
+        "difference": {
+            "value": float(s - b),
+            "interval": interval(bs - bb),
+            "rows_interval": interval(of_rows[1] - of_rows[0]),
+        },
         "retention": {"value": float(s / t) if t else None, "interval": interval(bs / np.where(bt > 0, bt, np.nan))},
         "gap_closed": {
             "value": closed if np.isfinite(closed) else None,

@@ -61,16 +61,26 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """One sentence that claims no more than the interval of the difference allows."""
-    difference = report["comparison"]["difference"]
+    """One sentence that claims no more than the intervals of the difference allow."""
+    comparison = report["comparison"]
+    difference, seeds = comparison["difference"], len(comparison["mcnemar"]["seeds"])
     low, high = difference["interval"] or (0.0, 0.0)
+    # A report of before it was measured has none.
+    of_rows = difference.get("rows_interval") or (0.0, 0.0)
     metric = metric_of(report)
     unit = "points" if metric == "accuracy" else f"points of {_SHOWN[metric][metric]}"
     points = f"{abs(difference['value']) * 100:.2f} {unit}"
-    if low > 0:
+    if seeds > 1 and low > 0:
         return f"The distilled student beats the plain baseline by {points}."
-    if high < 0:
+    if seeds > 1 and high < 0:
         return f"The distilled student is WORSE than the plain baseline by {points}."
+    low, high = (low, high) if seeds == 1 else of_rows
+    if low > 0 or high < 0:
+        those = "This distilled student" if seeds == 1 else f"These {seeds} distilled students"
+        theirs = "its plain baseline" if seeds == 1 else "their plain baselines"
+        verb = ("beats" if seeds == 1 else "beat") if low > 0 else ("is WORSE than" if seeds == 1 else "are WORSE than")
+        few = "one seed says" if seeds == 1 else f"{seeds} seeds say"
+        return f"{those} {verb} {theirs} by {points}; {few} nothing sure of others."
     return "No difference between the distilled student and the plain baseline can be told on these test rows."
 
 

@@ -139,6 +139,12 @@ class Compared(Part):
     interval: Interval
 
 
+class Difference(Compared):
+    """Student - baseline, and its interval over test rows alone: what it says of these seeds."""
+
+    rows_interval: Interval = None
+
+
 class Intervals(Part):
     """Of the score that models are compared by."""
 
@@ -164,7 +170,7 @@ class McNemarOfSeeds(Part):
 class Comparison(Part):
     """Student against baseline. Intervals stand under the name of the metric."""
 
-    difference: Compared
+    difference: Difference
     retention: Compared
     gap_closed: Compared
     accuracy_intervals: Intervals | None = None

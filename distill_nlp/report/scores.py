@@ -40,7 +40,7 @@ def right_rows(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def compared(
     logits: Logits, labels: np.ndarray, groups: Sequence[Sequence[str]], samples: int
-) -> tuple[list[float], np.ndarray]:
+) -> tuple[list[np.ndarray], np.ndarray]:
     """The score that models are compared by, and resampled over test rows, the same ones for all models.
 
     Args:
@@ -50,15 +50,15 @@ def compared(
         samples: number of resamples.
 
     Returns:
-        The mean score of each group, and (samples, models) scores in the order of the groups.
+        The scores of each group, and (samples, models) scores in the order of the groups.
     """
     names = [name for group in groups for name in group]
     if labels.ndim == 2:
         own = {name: multi_label_metrics(decisions(logits[name]), labels)["f1_macro"] for name in names}
         found = [decisions(logits[name]) for name in names]
-        means = [float(np.mean([own[name] for name in group])) for group in groups]
-        return means, bootstrap_f1(found, labels.astype(bool), samples)
+        of_groups = [np.array([own[name] for name in group]) for group in groups]
+        return of_groups, bootstrap_f1(found, labels.astype(bool), samples)
     right = {name: right_rows(logits[name], labels) for name in names}
     columns = np.stack([right[name] for name in names], axis=1).astype(float)
-    means = [np.stack([right[name] for name in group], axis=1).mean() for group in groups]
-    return means, bootstrap_means(columns, samples)
+    of_groups = [np.array([right[name].mean() for name in group]) for group in groups]
+    return of_groups, bootstrap_means(columns, samples)

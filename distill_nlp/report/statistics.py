@@ -131,6 +131,27 @@ def _draws(sizes: np.ndarray, samples: int, seed: int) -> Iterator[tuple[slice, 
             yield part, np.stack(drawn)
 
 
+def seed_shifts(seeds: int, samples: int, seed: int = 0) -> np.ndarray:
+    """(samples, seeds) factors `f` by which `Σ f (x - mean(x))` moves a mean over seeds to where that of others may be.
+
+    The sum is Student's t with `seeds - 1` degrees of freedom, times the standard error of the mean. Two figures that
+    are moved by the same factors keep what they have in common in a seed. Seeds drawn with replacement, as rows are,
+    would never leave the range of those at hand: of three, one draw in nine has the same throughout. Of one seed the
+    factors are 0: it says nothing of others.
+
+    Source: Student 1908, "The probable error of a mean", Biometrika 6(1).
+
+    Args:
+        seeds: number of trainings.
+        samples: number of resamples.
+        seed: of the draw.
+    """
+    if seeds < 2:
+        return np.zeros((samples, seeds))
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((samples, seeds)) / np.sqrt(seeds * rng.chisquare(seeds - 1, size=(samples, 1)))
+
+
 def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:
     """The percentile interval of resampled values; None where more than its tails are undefined.
 
