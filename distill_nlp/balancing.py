@@ -43,7 +43,8 @@ class GradientBalance(nn.Module):
     @torch.no_grad()
     def apply(self, weights: dict[str, float]) -> None:
         """Sets the factors by the norms seen so far; a term without norm, or of weight 0, keeps its factor."""
-        weight = torch.tensor([weights.get(name, 0.0) for name in self.names]).to(self.log_norms)
+        # Filled on the device: a copy from the host would wait for it.
+        weight = torch.stack([self.log_norms.new_full((), weights.get(name, 0.0)) for name in self.names])
         known = self.log_norms.isfinite() & (weight > 0)
         norm = torch.where(known, self.log_norms, 0.0).exp()
         goal = (weight * norm * known).sum() / (weight * known).sum()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,6 +27,15 @@ def save_student(student: nn.Module, state_dict: dict[str, torch.Tensor], folder
         student.save_pretrained(folder, state_dict=state_dict)
     else:
         _save(state_dict, os.path.join(folder, SAFE_WEIGHTS_NAME))
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether there is a file of weights with something in it."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            if len(tensors.keys()):
+                return True
+    return False
 
 
 def save_objective(state_dict: dict[str, torch.Tensor], folder: str) -> None:

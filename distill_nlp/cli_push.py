@@ -24,7 +24,7 @@ def add_push(commands: Any) -> argparse.ArgumentParser:
     visible.add_argument("--private", action="store_true", default=True, help="only you can see it [default]")
     visible.add_argument("--public", dest="private", action="store_false", help="anyone can see it")
     push.add_argument("--include-report", action="store_true", help="send report.md, report.html, report.json too")
-    push.add_argument("--include-onnx", action="store_true", help="send the exported model in MODEL/onnx too")
+    push.add_argument("--include-onnx", action="store_true", help="send the exports in MODEL/onnx and MODEL-onnx* too")
     push.add_argument("--dry-run", action="store_true", help="list the files and show the card; send nothing")
     push.add_argument("--token-file", metavar="FILE", help="file with the token")
     push.add_argument("--revision", metavar="BRANCH", help="branch, made where it is missing [main]")

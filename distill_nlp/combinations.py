@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from accelerate import DistributedType
 from torch import nn
 from transformers import TrainingArguments
 
@@ -11,11 +14,15 @@ from distill_nlp.parameter_groups import layer_factors
 from distill_nlp.projections import projected_losses
 
 
-def refuse_where_sharded(args: TrainingArguments, objective: DistillationObjective, measures: bool) -> None:
+def refuse_where_sharded(
+    args: TrainingArguments, objective: DistillationObjective, accelerator: Any, measures: bool
+) -> None:
     """For FSDP and DeepSpeed: refuses what reads, groups or drops whole parameters or gradients outside of backward.
 
+    And steps that would not be skipped, without a word.
+
     Args:
-        args, objective: of the training.
+        args, objective, accelerator: of the training.
         measures: whether gradient norms of the terms are measured.
 
     Raises:
@@ -31,6 +38,8 @@ def refuse_where_sharded(args: TrainingArguments, objective: DistillationObjecti
             f"losses.{next(iter(fitted))}: projection_init least_squares runs before FSDP or DeepSpeed take the "
             "model; use random"
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and setting_of(args, "on_nonfinite") == "skip":
+        raise ValueError("on_nonfinite: DeepSpeed's optimizer takes the step whatever the gradient; leave skip out")
     asked = [
         name for name, usual in (("layer_learning_rate_decay", 1.0), ("freeze", [])) if setting_of(args, name) != usual
     ]
@@ -38,6 +47,20 @@ def refuse_where_sharded(args: TrainingArguments, objective: DistillationObjecti
         raise ValueError(
             f"{' and '.join(asked)}: FSDP and DeepSpeed put parameters of their own in place of the student's; leave "
             "it out, or train under DDP"
+        )
+
+
+def refuse_unsaved(accelerator: Any) -> None:
+    """Refuses an FSDP that leaves no model behind: the Trainer then writes sharded checkpoints, and nothing at the end.
+
+    Raises:
+        ValueError: its state dict is no full one.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            "at the end of training a sharded state dict leaves no model behind: set fsdp_state_dict_type to "
+            "FULL_STATE_DICT in the config of accelerate (state_dict_type in training.fsdp_config)"
         )
 
 

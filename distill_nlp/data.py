@@ -11,10 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from distill_nlp.config import SYNTHETIC, DataSection
-from distill_nlp.data_files import load_split
+from distill_nlp.data_files import load_split, unlabeled_folder
 from distill_nlp.data_labels import check_classes, check_same_kind, label_names, problem_type_of, unlabeled, with_labels
 from distill_nlp.errors import UsageError
-from distill_nlp.labels import anonymous, folded, label_order
+from distill_nlp.labels import label_order, spellings
 from distill_nlp.losses.base import MULTI_LABEL, SINGLE_LABEL, ProblemType
 
 Loader = Callable[[str], Any]
@@ -73,6 +73,10 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
         check_same_kind(raw, config, split, problem_type)
         return with_labels(raw, config, split, names)
 
+    aside = unlabeled_folder(config.dataset, config.train_split) if config.unlabeled is None else None
+    if aside is not None:
+        pool = f"{config.train_split}/{aside.name}"
+        notes.append(f"{aside} has no labels and is left out; --data.unlabeled {pool} takes it as unlabeled rows")
     test = labeled(config.test_split)
     teacher_train = None
     if teacher_train_split is not None and teacher_train_split != config.train_split:
@@ -136,7 +140,7 @@ def as_classes(rows: Any, config: DataSection, split: str, names: list[str], pro
 
     Class names are compared exactly, then without case and separators. The data may have a part of the model's
     classes, be it in the rows or in the names that a data set declares. Names of a model that say nothing (`LABEL_0`)
-    are taken to be in the order of the data's, for strings the alphabetical one, if there are as many.
+    are taken to be in the order of the data's, for strings that of `in_order`, if there are as many.
     """
     feature, several = rows.features["labels"], problem_type == MULTI_LABEL
     # A column without any label has no kind; that is said with its row.
@@ -152,7 +156,7 @@ def as_classes(rows: Any, config: DataSection, split: str, names: list[str], pro
         meaning = _places(list(known), names)
     else:
         labels = (value for row in values for value in ((row or ()) if several else (row,)))
-        meaning = _spellings({value for value in labels if isinstance(value, str)}, names)
+        meaning = spellings({value for value in labels if isinstance(value, str)}, names)
     if meaning:
         # A row without a label is refused later, with its number.
         if several:
@@ -174,18 +178,6 @@ def _places(known: list[str], names: list[str]) -> dict[Any, Any]:
     except ValueError:
         raise UsageError(f"data: its classes {known} are not the model's {names}") from None
     return {} if order is None else dict(enumerate(order))
-
-
-def _spellings(written: set[str], names: list[str]) -> dict[Any, Any]:
-    """For each label that is written in another way than the model's classes, the class that it means."""
-    foreign = written - set(names)
-    if foreign and anonymous(names) and len(written) == len(names):
-        return dict(zip(sorted(written), names, strict=True))
-    by_name = {folded(name): name for name in names}
-    # `-1` and `1` are one when they are folded.
-    if len(by_name) < len(names) or len(set(map(folded, written))) < len(written):
-        return {}
-    return {value: by_name[folded(value)] for value in foreign if folded(value) in by_name}
 
 
 def load_rows(config: DataSection, split: str, labeled: bool = True) -> tuple[Any, bool]:

@@ -6,7 +6,7 @@ import codecs
 import csv
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _MOST_COLUMNS = 10_000
+_BLOCK = 1000
+_UNLABELED = "unsup"
 _TEXT_ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".txt"}
 
 
@@ -118,7 +120,14 @@ def _label_folders(path: Path, split: str) -> list[Path]:
     """Folders below that of the split, where that is what it is made of."""
     if path.is_file() or not (path / split).is_dir() or _files_of(path, split):
         return []
-    return sorted(p for p in (path / split).iterdir() if p.is_dir())
+    return sorted(p for p in (path / split).iterdir() if p.is_dir() and p.name != _UNLABELED)
+
+
+def unlabeled_folder(dataset: str, split: str) -> Path | None:
+    """The texts without labels that the original IMDB archive has among the folders of its labels."""
+    path = Path(dataset).expanduser()
+    folder = path / split / _UNLABELED
+    return folder if folder.is_dir() and _label_folders(path, split) else None
 
 
 def load_saved(path: Path, split: str) -> Any:
@@ -156,7 +165,11 @@ def _read(files: list[Path]) -> Any:
     try:
         if ending == ".parquet" and not _rows_of_parquet(files):
             raise UsageError(f"data: {names} has no rows")
-        return load_dataset(loader, data_files=[str(f) for f in files], split="train", **arguments)
+        rows = load_dataset(loader, data_files=[str(f) for f in files], split="train", **arguments)
+        if ending == ".tsv":
+            for first, block in enumerate(rows.iter(_BLOCK)):
+                check_quotes(files[0] if len(files) == 1 else files[0].parent, block, first * _BLOCK)
+        return rows
     except UsageError:
         raise
     except Exception as error:
@@ -174,6 +187,33 @@ def _rows_of_parquet(files: list[Path]) -> int:
     from pyarrow.parquet import read_metadata
 
     return sum(read_metadata(file).num_rows for file in files)
+
+
+def check_quotes(file: Path, columns: Mapping[str, Sequence[Any]], first_row: int = 0) -> None:
+    """Refuses a row of a tsv that has taken in those after it, from a quotation mark to the next.
+
+    Many such files are written without quotes, and a field may begin with a mark of its own. The lines within the field
+    then have as many tabs as rows have from and up to its column, and a value that other rows have in one of theirs.
+
+    Args:
+        file: that they are of.
+        columns: all of them.
+        first_row: number of their first row in the file.
+    """
+    names = list(columns)
+    for place, name in enumerate(names if len(names) > 1 else ()):
+        for row, value in enumerate(columns[name], first_row):
+            if not isinstance(value, str) or "\n" not in value:
+                continue
+            first, *inner, last = (line.split("\t") for line in value.split("\n"))
+            if [len(first), len(last)] != [len(names) - place, place + 1] or any(len(i) != len(names) for i in inner):
+                continue
+            cells = [*zip(names[place + 1 :], first[1:], strict=True), *zip(names, last[:-1], strict=False)]
+            if any(cell in map(str, columns[other]) for other, cell in cells):
+                raise UsageError(
+                    f"data: row {row} of {file} holds lines that look like rows, {shown(value)}: a field begins with a "
+                    "quotation mark; put fields that have some in quotes and double theirs, or write the file as jsonl"
+                )
 
 
 def check_header(file: Path, separator: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from distill_nlp.config import DataSection
 from distill_nlp.errors import UsageError, shown
+from distill_nlp.labels import in_order, moved
 from distill_nlp.losses.base import IGNORE_INDEX, MULTI_LABEL, SINGLE_LABEL, ProblemType
 
 _LISTS = (
@@ -56,6 +57,12 @@ def label_names(train: Any, config: DataSection) -> list[str]:
             raise UsageError(
                 f"data.label_names has {len(config.label_names)} names, the data set has {len(known)} classes: {known}"
             )
+        # Labels are numbers there: renamed in this way, all answers of the model would be wrong, and no score show it.
+        if elsewhere := moved(known, config.label_names):
+            raise UsageError(
+                f"data.label_names {config.label_names} has {', '.join(elsewhere)} in another place than the data "
+                f"set's own classes {known}: leave data.label_names out, or write it in their order"
+            )
         if len(set(config.label_names)) < len(config.label_names):
             raise UsageError(f"data.label_names: a name stands twice in {config.label_names}")
         return list(config.label_names)
@@ -75,8 +82,7 @@ def label_names(train: Any, config: DataSection) -> list[str]:
 def _names_from(values: set[Any], config: DataSection) -> list[str]:
     if all(isinstance(v, str) for v in values):
         _refuse_lists_in_text(values, config)
-        # "10" comes after "9": without names, a model's LABEL_10 is the eleventh.
-        return sorted(values, key=int) if all(v.isdecimal() for v in values) else sorted(values)
+        return in_order(values)
     if all(isinstance(v, int) and not isinstance(v, bool) for v in values) and min(values) >= 0:
         # Of a single one, that all rows are alike is said instead. No counting up to a label of a billion.
         if len(values) <= max(values) and (len(values) > 1 or max(values) > _MANY):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -91,9 +92,14 @@ class EnergyMeter:
             self.record = {"joules": round(self._joules, 1), "sources": sources}
 
 
-def machine_counters(root: Path = POWERCAP) -> list[Counter]:
-    """The counters of this machine that can be read: RAPL's packages (often by root alone) and NVIDIA's GPUs."""
-    return [*_rapl(root), *_nvidia()]
+def machine_counters(root: Path = POWERCAP, gpus: bool = True) -> list[Counter]:
+    """The counters of this machine that can be read: RAPL's packages (often by root alone) and NVIDIA's GPUs.
+
+    Args:
+        root: of the packages' files.
+        gpus: whether they are used; else what they take is not this program's.
+    """
+    return [*_rapl(root), *(_nvidia() if gpus else ())]
 
 
 def _rapl(root: Path) -> list[Counter]:
@@ -146,10 +152,14 @@ def _millijoules(pynvml: Any, handle: Any) -> float:
 
 
 def _visible(count: int) -> list[int]:
-    """The GPUs that this process may use, as NVML numbers them; all where they are not named by number."""
+    """The GPUs that this process may use, as NVML numbers them; all where they are named by UUID.
+
+    "" and -1 are none, and what comes after a number that no GPU has is not read, as in CUDA.
+    """
     import os
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None or not all(part.strip().isdigit() for part in named.split(",")):
+    if named is None or named.strip().startswith(("GPU-", "MIG-")):
         return list(range(count))
-    return [int(part) for part in named.split(",") if int(part) < count]
+    parts = (part.strip() for part in named.split(","))
+    return [int(part) for part in takewhile(lambda part: part.isdigit() and int(part) < count, parts)]

@@ -124,11 +124,17 @@ def mean_logits(logits: Sequence[torch.Tensor], weights: Sequence[float], mean: 
         mean: "probabilities" or "logits".
         problem_type: says which probabilities: softmax, sigmoid, or none (regression).
     """
-    stacked = torch.stack([upcast(x) for x in logits])  # (members, B, C)
-    factors = torch.tensor(list(weights), dtype=stacked.dtype, device=stacked.device)[:, None, None]
+    members = [upcast(x) for x in logits]
     if mean == "logits" or problem_type == "regression":
-        return (factors * stacked).sum(dim=0)
+        return sum(weight * x for weight, x in zip(weights, members, strict=True))
     if problem_type == "multi_label_classification":
-        yes, no = (torch.logsumexp(F.logsigmoid(x) + factors.log(), dim=0) for x in (stacked, -stacked))
-        return yes - no
-    return torch.logsumexp(stacked.log_softmax(dim=-1) + factors.log(), dim=0)
+        return _log_mean([F.logsigmoid(x) for x in members], weights) - _log_mean(
+            [F.logsigmoid(-x) for x in members], weights
+        )
+    return _log_mean([x.log_softmax(dim=-1) for x in members], weights)
+
+
+def _log_mean(logs: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The logarithm of the weighted mean; weights stay numbers, which no device has to be waited for."""
+    weighted = [x + math.log(weight) for x, weight in zip(logs, weights, strict=True)]
+    return torch.logsumexp(torch.stack(weighted), dim=0)

@@ -74,7 +74,7 @@ def batched_answers(
 
 
 def encoded_rows(
-    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None
 ) -> list[dict[str, Any]]:
     """Token ids of N texts as rows for `predict_logits`, cut and not padded.
 
@@ -83,7 +83,7 @@ def encoded_rows(
         texts: N of them, one at least.
         pairs: the N second texts, or None. With them the rows have `token_type_ids`, whatever the tokenizer makes of
             its own accord: it is for the model to leave them out.
-        max_length: of a row in tokens, the template's included.
+        max_length: of a row in tokens, the template's included; None: no limit.
     """
     columns = [list(texts)] if pairs is None else [list(texts), list(pairs)]
     types = None if pairs is None else True

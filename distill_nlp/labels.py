@@ -69,6 +69,42 @@ def label_order(teacher_config: Any, student_config: Any, restrict: bool = False
     )
 
 
+def in_order(values: set[str]) -> list[str]:
+    """Labels that are words, as classes are numbered where nothing names them.
+
+    "10" comes after "9": a model's LABEL_10 is the eleventh.
+    """
+    return sorted(values, key=int) if all(v.isdecimal() for v in values) else sorted(values)
+
+
+def spellings(written: set[str], names: list[str]) -> dict[str, str]:
+    """For each label that is written in another way than the model's classes, the class that it means."""
+    foreign = written - set(names)
+    if foreign and anonymous(names) and len(written) == len(names):
+        return dict(zip(in_order(written), names, strict=True))
+    by_name = {folded(name): name for name in names}
+    # `-1` and `1` are one when they are folded.
+    if len(by_name) < len(names) or len(set(map(folded, written))) < len(written):
+        return {}
+    return {value: by_name[folded(value)] for value in foreign if folded(value) in by_name}
+
+
+def moved(names: list[str], others: list[str]) -> list[str]:
+    """Those of the first names that the others have at another index; none of names that say nothing.
+
+    Example:
+        >>> moved(["neg", "pos"], ["Pos", "Neg"])
+        ['neg', 'pos']
+    """
+    for key in _KEYS if not anonymous(names) else ():
+        place = {key(name): i for i, name in enumerate(others)}
+        if len(place) == len(others) and len({key(name) for name in names}) == len(names):
+            found = [name for i, name in enumerate(names) if place.get(key(name), i) != i]
+            if found:
+                return found
+    return []
+
+
 def check_data_labels(data: Any, student_config: Any) -> None:
     """Compares the class names that a `datasets.Dataset` knows, by index, with those of the student's logits.
 

@@ -27,6 +27,9 @@ _COUNT_FROM_PADDING = {
     "xmod",
 }
 
+# What a tokenizer without a limit has for one is above it, and above what its Rust takes.
+_NO_LIMIT = 10**20
+
 
 def most_positions(config: Any) -> int | None:
     """The most tokens of a row that a model has positions for, those of the template included; None: no limit.
@@ -39,7 +42,8 @@ def most_positions(config: Any) -> int | None:
         512
     """
     table = getattr(config, "max_position_embeddings", None)
-    if not table:
+    # XLNet says -1.
+    if not table or table < 0:
         return None
     kind = getattr(config, "model_type", None)
     if kind not in _COUNT_FROM_PADDING:
@@ -49,10 +53,10 @@ def most_positions(config: Any) -> int | None:
     return table - padding - 1
 
 
-def longest_input(config: Any, tokenizer: Any, max_length: int | None = None) -> int:
-    """The most tokens of a text that model, tokenizer and `max_length` all allow."""
+def longest_input(config: Any, tokenizer: Any, max_length: int | None = None) -> int | None:
+    """The most tokens of a text that model, tokenizer and `max_length` all allow; None: no limit."""
     limits = [max_length, tokenizer.model_max_length, most_positions(config)]
-    return min(n for n in limits if n)
+    return min((n for n in limits if n and n < _NO_LIMIT), default=None)
 
 
 def refuse_too_long(teachers: Sequence[tuple[str, Any, int]], student: Any, max_length: int) -> None:

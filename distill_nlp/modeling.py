@@ -7,9 +7,11 @@ are synced, clipped, scheduled, zeroed and checkpointed with the rest.
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
@@ -34,6 +36,17 @@ def bare_model(model: nn.Module) -> nn.Module:
     """The model inside what PEFT or torch.compile have put around it."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def autocast_of(accelerator: Any) -> AbstractContextManager[Any]:
+    """The mixed precision that a training runs in, for a model beside the trained one.
+
+    DeepSpeed casts what it trains by itself, and leaves accelerate's own autocast out.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and dtype is not None:
+        return torch.autocast(accelerator.device.type, dtype)
+    return accelerator.autocast()
 
 
 def shape_of(model: nn.Module, like: ModelShape | None) -> ModelShape:

@@ -104,9 +104,11 @@ class Pipeline:
         doctor = doctor and self._is_something_to_train(stages)
         if doctor:
             self._heed(partial(self._examine, stages, _TIMING_SECONDS_OF_A_RUN))
+        # Each student keeps them too: another run may begin in this folder before the student is pushed.
+        self.runner.run_settings = _settings(self.experiment)
         # A report of nothing must not decide the precision of a run that has not begun.
         if self.state.is_main_process and (set(stages) != {"report"} or (self.root / CONFIG_FILE).is_file()):
-            write_json(self.root / CONFIG_FILE, _settings(self.experiment))
+            write_json(self.root / CONFIG_FILE, self.runner.run_settings)
         if "teacher" in stages and self.teachers.train() and doctor:
             self._heed(partial(examine_teachers, self.students.view_of_answers, self.prints))
         for seed in self.experiment.seeds:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distill_nlp.sampling import labeled_rows
+from distill_nlp.arrow_columns import labeled_rows
 from distill_nlp.teacher import TEACHER_LOGITS
 
 

@@ -24,6 +24,10 @@ from distill_nlp.onnx_model import EXPORT_FILE, export_record
 from distill_nlp.student_facts import FinishedStudent, find_student, student_facts
 
 Say = Callable[[str], None]
+# Which of them are there, only the Hub knows, and a dry run does not ask it.
+_REMOVED_TOO = (
+    "would remove from there the weights, adapters, reports and ONNX exports of earlier pushes that are not among these"
+)
 
 
 @dataclass
@@ -67,7 +71,7 @@ def push(options: PushOptions, say: Say = lambda line: None) -> str:
 
     Raises:
         UsageError: no finished student, an unusable repository id or token, or a file with something private in it.
-        DistillError: the Hub was not reached, or failed after several tries.
+        DistillError: the student is not as it was written; the Hub was not reached, or failed after several tries.
     """
     check_repo_id(options.repo_id)
     found = find_student(Path(options.model).expanduser())
@@ -83,7 +87,8 @@ def push(options: PushOptions, say: Say = lambda line: None) -> str:
     if options.dry_run:
         visible = "private" if options.private else "public"
         card = next(file.content for file in files if file.name == CARD)
-        return "\n".join([f"would send to {options.repo_id} ({visible}):", *listing(files), "", card.decode()])
+        sent = [f"would send to {options.repo_id} ({visible}):", *listing(files)]
+        return "\n".join([*sent, _REMOVED_TOO, "", card.decode()])
     if token is None:
         raise UsageError("there is no token for the Hub: give --token-file FILE, set HF_TOKEN, or run `hf auth login`")
     with _one_line(options.repo_id, token):

@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -98,6 +99,12 @@ class ResumableTrainer(PublishingTrainer):
         elif (problem := damage(folder)) is not None:
             raise ValueError(f"the checkpoint {folder} is not whole: {problem}; go on from another one")
         return str(wanted)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        # From the end of an epoch on, the next one's order is drawn from this state.
+        if checkpoint is not None and float(self.state.epoch or 0).is_integer():
+            self._resume_state.begin_of_epoch = torch.random.get_rng_state()
 
     # ---- the end of a step ----
 

@@ -10,12 +10,11 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
 from distill_nlp.arguments import setting_of
+from distill_nlp.arrow_columns import has_columns, known_lengths, labeled_rows, row_lengths
 from distill_nlp.losses.base import IGNORE_INDEX
 from distill_nlp.row_numbers import numbers
 
 STRATEGIES = ("random", "sequential", "group_by_length")
-# Rows that Arrow reads at a time: the token ids of a large data set are never in memory as a whole.
-_CHUNK = 8192
 # Batches that are sorted by length together, as Transformers' own LengthGroupedSampler has it.
 _MEGA_BATCH = 50
 
@@ -197,10 +196,9 @@ def _shuffled(batches: np.ndarray, lengths: np.ndarray, ranks: int, seed: list[i
 def grouped_sampler(
     data: Any, args: TrainingArguments, batch_size: int, epoch: Callable[[], int]
 ) -> GroupedSampler | None:
-    """The sampler of `group_by_length`, or None where the data are not a `datasets.Dataset` with lengths in it.
+    """The sampler of `group_by_length`, or None where the data have no `known_lengths`.
 
-    Lengths are those of the column `length_column_name`, else of `input_ids`; they are read from Arrow, without the
-    rows. The seed is `data_seed`, else `seed`.
+    The seed is `data_seed`, else `seed`.
 
     Args:
         data, args, batch_size, epoch: as of `mixed_sampler`.
@@ -208,12 +206,8 @@ def grouped_sampler(
     Example:
         >>> sampler = grouped_sampler(train, trainer.args, 16, epoch=lambda: int(trainer.state.epoch or 0))
     """
-    if not _has_columns(data):
-        return None
-    name = next((n for n in (args.length_column_name, "input_ids") if n in data.column_names), None)
-    if name is None:
-        return None
-    return GroupedSampler(row_lengths(data, name), batch_size, _seed(args), epoch, args.world_size)
+    lengths = known_lengths(data, args)
+    return None if lengths is None else GroupedSampler(lengths, batch_size, _seed(args), epoch, args.world_size)
 
 
 def mixed_sampler(data: Any, args: TrainingArguments, batch_size: int, epoch: Callable[[], int]) -> MixedSampler:
@@ -239,7 +233,7 @@ def mixed_sampler(data: Any, args: TrainingArguments, batch_size: int, epoch: Ca
             f"unlabeled_ratio goes with train_sampling_strategy {', '.join(STRATEGIES)}, got {strategy}: choose one of "
             "them, or leave unlabeled_ratio out"
         )
-    if not _has_columns(data):
+    if not has_columns(data):
         raise ValueError(
             f"unlabeled_ratio needs a datasets.Dataset whose rows can be picked by number, got {type(data).__name__}: "
             "make one by datasets.Dataset.from_list or from_generator, or leave unlabeled_ratio out"
@@ -261,60 +255,5 @@ def mixed_sampler(data: Any, args: TrainingArguments, batch_size: int, epoch: Ca
     )
 
 
-def _has_columns(data: Any) -> bool:
-    return all(hasattr(data, name) for name in ("__len__", "column_names", "select_columns", "with_format"))
-
-
 def _seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
-
-
-def labeled_rows(data: Any) -> np.ndarray:
-    """(N,) whether each row of a `datasets.Dataset` has a label: none of its entries is -100.
-
-    Raises:
-        ValueError: there is no column `labels`.
-
-    Example:
-        >>> labeled_rows(Dataset.from_dict({"labels": [1, -100, 0]}))
-        array([ True, False,  True])
-    """
-    import pyarrow.compute as pc
-
-    if "labels" not in data.column_names:
-        raise ValueError(
-            f"there is no column labels to tell labelled rows from unlabelled ones, only "
-            f"{', '.join(data.column_names)}: rename the column, with {IGNORE_INDEX} where a row has no label"
-        )
-    found = [np.empty(0, dtype=bool)]
-    for column in _chunks(data, "labels"):
-        labeled = np.ones(len(column), dtype=bool)
-        if hasattr(column, "flatten"):
-            values = pc.list_flatten(column).to_numpy(zero_copy_only=False)
-            labeled[pc.list_parent_indices(column).to_numpy()[values == IGNORE_INDEX]] = False
-        else:
-            labeled = column.to_numpy(zero_copy_only=False) != IGNORE_INDEX
-        found.append(labeled)
-    return np.concatenate(found)
-
-
-def row_lengths(data: Any, name: str) -> np.ndarray:
-    """(N,) the lengths of a column of lists, or the numbers of a column of lengths."""
-    import pyarrow.compute as pc
-
-    if name not in data.column_names:
-        raise ValueError(
-            f"group_by_length needs the column {name} (or a column of lengths, length_column_name), there is: "
-            f"{', '.join(data.column_names)}; or set train_sampling_strategy to random"
-        )
-    found = [np.empty(0, dtype=np.int32)]
-    for column in _chunks(data, name):
-        numbers = pc.list_value_length(column) if hasattr(column, "flatten") else column
-        found.append(numbers.to_numpy(zero_copy_only=False))
-    return np.concatenate(found)
-
-
-def _chunks(data: Any, name: str) -> Iterator[Any]:
-    """A column as Arrow arrays, in order."""
-    for table in data.select_columns([name]).with_format("arrow").iter(batch_size=_CHUNK):
-        yield table.column(name).combine_chunks()

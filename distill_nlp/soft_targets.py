@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from distill_nlp.arrow_columns import labeled_rows
 from distill_nlp.pool import cached_logits
-from distill_nlp.sampling import labeled_rows
 
 LITTLE = 0.1
 """Part of the largest entropy below which a distribution says little but its largest class.

@@ -15,7 +15,7 @@ from distill_nlp.config import Experiment
 from distill_nlp.errors import UsageError
 from distill_nlp.materials import Materials
 from distill_nlp.stage_training import Say, TrainingJob
-from distill_nlp.stages import Fingerprint, StageFolder
+from distill_nlp.stages import Fingerprint, StageFolder, few_of
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.tokenization import with_segments
 from distill_nlp.training_rows import StreamedRows, validation_rows
@@ -37,6 +37,8 @@ class StageRunner:
         self.state = PartialState(cpu=experiment.training.use_cpu)
         # Of every training, beside those of the stage itself.
         self.callbacks: list[TrainerCallback] = []
+        # As they are kept with the run; none before all of them are decided.
+        self.run_settings: dict[str, Any] = {}
         self.tell = say
 
     def say(self, stage: str, line: str) -> None:
@@ -54,8 +56,7 @@ class StageRunner:
             self.say(name, f"done already: {folder.path}")
             return True
         if changes:
-            shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
-            self.say(name, f"settings changed, so it is done again ({shown})")
+            self.say(name, f"settings changed, so it is done again ({few_of(changes)})")
         return False
 
     def finished(self, path: Path, fingerprint: Fingerprint, stage: str) -> Path:

@@ -15,9 +15,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from distill_nlp.arguments import DistillationArguments
+from distill_nlp.checkpoints import holds_weights
+from distill_nlp.combinations import refuse_unsaved
 from distill_nlp.config_training import task_metric
 from distill_nlp.durable_files import write_json
-from distill_nlp.energy import EnergyMeter
+from distill_nlp.energy import EnergyMeter, machine_counters
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.interruption import Interrupted
@@ -30,7 +32,7 @@ from distill_nlp.progress import StageProgress
 from distill_nlp.rehearsal import passing_folder, rehearsal
 from distill_nlp.resumable import CheckpointNotWritten
 from distill_nlp.schedules import Setting
-from distill_nlp.stages import TRACKER_FOLDER, Fingerprint, StageFolder
+from distill_nlp.stages import TRACKER_FOLDER, Fingerprint, StageFolder, few_of
 from distill_nlp.teacher import CachedTeacher, Teacher
 from distill_nlp.terms import FormulaPrinter
 from distill_nlp.trackers import run_name, run_of_its_own
@@ -57,6 +59,7 @@ class TrainingJob:
         max_length: of the rows, in tokens, where they are texts.
         callbacks: of the Trainer, beside those of the stage.
         settings: the block of the experiment that says how it trains, for messages.
+        run_settings: of the whole run, kept beside the result: the run's own record is that of the last one begun.
     """
 
     name: str
@@ -73,6 +76,7 @@ class TrainingJob:
     weights: dict[str, Setting] | None = None
     callbacks: Sequence[TrainerCallback] = ()
     settings: str = "training"
+    run_settings: dict[str, Any] | None = None
 
     def run(self, say: Say) -> None:
         """Trains, keeps the best checkpoint by the validation metric, and finishes the folder.
@@ -87,8 +91,8 @@ class TrainingJob:
 
     def _run(self, say: Say) -> None:
         state = PartialState()
-        if state.is_main_process:
-            self.folder.begin(self.fingerprint)
+        if state.is_main_process and (changes := self.folder.begin(self.fingerprint)):
+            say(f"{self.name:<20} settings changed since it was interrupted, so it begins anew ({few_of(changes)})")
         state.wait_for_everyone()
         trainer = self._trainer(say, self.arguments, self.validation)
         with run_of_its_own(trainer.callback_handler.callbacks, state.is_main_process):
@@ -101,7 +105,7 @@ class TrainingJob:
         going_on = f", going on from {checkpoint.name}" if checkpoint else ""
         say(f"{self.name:<20} {parameters:.1f}M parameters, loss {trainer.objective.formula()}{going_on}")
         start = time.monotonic()
-        with EnergyMeter() as meter:
+        with EnergyMeter(machine_counters(gpus=self.arguments.device.type != "cpu")) as meter:
             if checkpoint is None or not take_over_the_end(trainer, checkpoint):
                 self._train(trainer, checkpoint)
         seconds = time.monotonic() - start
@@ -111,6 +115,7 @@ class TrainingJob:
         with self._memory_errors():
             metrics, shown_metric = trainer.evaluate(), self._shown_metric
         trainer.save_model(str(self.folder.result))
+        self._check_saved()
         if state.is_main_process:
             write_json(self.folder.result / "training_log.json", {"log": trainer.state.log_history})
             # TensorBoard's files, which would go with the checkpoints.
@@ -131,6 +136,7 @@ class TrainingJob:
                     "resumed_from": checkpoint.name if checkpoint else None,
                     "validation": {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")},
                     "versions": versions(),
+                    **({"run_settings": self.run_settings} if self.run_settings else {}),
                 }
             )
         state.wait_for_everyone()
@@ -138,6 +144,14 @@ class TrainingJob:
             f"{self.name:<20} {trainer.state.global_step} steps in {seconds:.0f} s, validation {shown_metric} "
             f"{metrics[f'eval_{shown_metric}']:.4f} → {self.folder.path}"
         )
+
+    def _check_saved(self) -> None:
+        """Before the checkpoints go: where models are sharded, the Trainer may write nothing, and say nothing."""
+        if not broadcast_object_list([holds_weights(self.folder.result)])[0]:
+            raise DistillError(
+                f"{self.name}: no weights were written at the end of training; DeepSpeed's ZeRO-3 does so with "
+                "zero3_save_16bit_model; with that set, the same command goes on from the last checkpoint"
+            )
 
     def _last_checkpoint(self, say: Say) -> Path | None:
         """To go on from; the main rank looks, and says what it leaves out."""
@@ -230,6 +244,7 @@ class TrainingJob:
                     compute_metrics=compute_metrics,
                     callbacks=[StageProgress(self.name, say, self._shown_metric), *self.callbacks],
                 )
+            refuse_unsaved(trainer.accelerator)
         except ValueError as error:
             raise UsageError(f"{self.name}: {error}") from error
         trainer.remove_callback(PrinterCallback)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -104,15 +104,22 @@ class StageFolder:
             _locked.discard(handle)
             lock.release()
 
-    def begin(self, fingerprint: Fingerprint) -> None:
-        """Makes the work folder; an earlier attempt with the same settings is kept, to go on from."""
+    def begin(self, fingerprint: Fingerprint) -> list[str]:
+        """Makes the work folder; an earlier attempt with the same settings is kept, to go on from.
+
+        Returns:
+            What has changed since an attempt whose checkpoints were removed for it; nothing where there was none.
+        """
         attempt = read_json(self.work / STAGE_FILE)
-        if attempt is None or differences(attempt.get("fingerprint", {}), fingerprint):
+        changes = [] if attempt is None else differences(attempt.get("fingerprint", {}), fingerprint)
+        lost = changes if checkpoints(self.checkpoints) else []
+        if attempt is None or changes:
             shutil.rmtree(self.work, ignore_errors=True)
         shutil.rmtree(self.result, ignore_errors=True)
         self.work.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.work)
         write_json(self.work / STAGE_FILE, {"fingerprint": fingerprint})
+        return lost
 
     def last_checkpoint(self, warn: Callable[[str], None] = lambda line: None) -> Path | None:
         """The newest whole checkpoint; those after it, which nothing can go on from, are removed.
@@ -157,6 +164,21 @@ class StageFolder:
             shutil.rmtree(self._old, ignore_errors=True)
             if is_over:
                 shutil.rmtree(self.work, ignore_errors=True)
+
+
+def phase_folders(final: Path, phases: int) -> list[Path]:
+    """Where the student lies after each phase of its training, the last one under its own name.
+
+    Example:
+        >>> phase_folders(Path("run/student/seed-0"), 2)
+        [PosixPath('run/student/seed-0-phase-1'), PosixPath('run/student/seed-0')]
+    """
+    return [*(final.with_name(f"{final.name}-phase-{i}") for i in range(1, phases)), final]
+
+
+def few_of(changes: Sequence[str]) -> str:
+    """The first of them, for a line."""
+    return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

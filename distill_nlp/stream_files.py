@@ -16,6 +16,7 @@ from distill_nlp.data_files import (
     SEPARATORS,
     asking_hub,
     check_header,
+    check_quotes,
     first_line,
     is_saved,
     load_saved,
@@ -151,7 +152,9 @@ def _table(file: Path, wanted: list[str] | None) -> Iterator[Columns]:
         file, sep=separator, dtype=str, keep_default_na=False, na_values=[""], chunksize=BLOCK, encoding="utf-8"
     )
     with blocks:
-        for block in blocks:
+        for i, block in enumerate(blocks):
+            if file.suffix == ".tsv":
+                check_quotes(file, dict(block.items()), i * BLOCK)
             chosen = block if wanted is None else block[[name for name in wanted if name in block.columns]]
             yield {
                 str(name): [_plain_text(file, v) if isinstance(v, str) else None for v in chosen[name]]

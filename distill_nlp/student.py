@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from distill_nlp.checkpoint_checks import check_sizes
 from distill_nlp.errors import said_in_one_line
-from distill_nlp.loading import check_settings, load_classifier, load_config
+from distill_nlp.loading import check_settings, is_classifier, load_classifier, load_config
 from distill_nlp.losses.base import ProblemType
+from distill_nlp.student_head import order_head
 from distill_nlp.student_layers import student_from_teacher
 
 logger = logging.getLogger(__name__)
@@ -108,13 +109,21 @@ def build_student(
     if model is not None:
         if attention_dropout is not None:
             settings |= _dropout(load_config(model, revision), attention_dropout, settings)
-        student, source = load_classifier(model, revision, **settings), f"from {model}"
+        student, source = load_for_labels(model, revision, **settings), f"from {model}"
     else:
         given = {**(config or {}), **settings}
         settings |= _dropout(_known_config(given.get("model_type")), attention_dropout, given)
         student, source = model_from_config(config or {}, settings), "from scratch"
     say(f"student: {student.config.model_type} {source}")
     return student
+
+
+def load_for_labels(name: str, revision: str | None = None, **settings: Any) -> PreTrainedModel:
+    """`load_classifier` with other labels; a finished classifier's head gives its logits in their order."""
+    saved, model = load_config(name, revision), load_classifier(name, revision, **settings)
+    if is_classifier(saved):
+        order_head(model, saved)
+    return model
 
 
 def attention_dropout_name(config: Any) -> str | None:

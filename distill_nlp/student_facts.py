@@ -22,7 +22,7 @@ from distill_nlp.hub.private import Private, hub_name
 from distill_nlp.losses.base import MULTI_LABEL
 from distill_nlp.report import REPORT_FILE
 from distill_nlp.report.render import summary_lines, table_rows, verdict
-from distill_nlp.stages import STAGE_FILE
+from distill_nlp.stages import STAGE_FILE, StageFolder
 
 RUN_FILE = "config.json"
 _TEST_SPLIT: str = DataSection.model_fields["test_split"].default
@@ -50,8 +50,12 @@ class FinishedStudent:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What its stage left, or nothing."""
-        return read_json(self.folder / STAGE_FILE) or {}
+        """What its stage left, or nothing.
+
+        Raises:
+            DistillError: the student is not as it was written.
+        """
+        return StageFolder(self.folder).record() or {}
 
 
 def find_student(path: Path) -> FinishedStudent:
@@ -61,6 +65,7 @@ def find_student(path: Path) -> FinishedStudent:
 
     Raises:
         UsageError: there is no finished student.
+        DistillError: one is not as it was written.
     """
     if not path.is_dir():
         raise UsageError(f"there is no folder {path}")
@@ -70,7 +75,7 @@ def find_student(path: Path) -> FinishedStudent:
         raise UsageError(f"{path} is not finished; the same `distill-nlp run` goes on with it")
     if re.search(r"-phase-\d+$", path.name):
         raise UsageError(f"{path} is a phase on the way to {path.name.partition('-phase-')[0]}; push that")
-    stage = (read_json(path / STAGE_FILE) or {}).get("stage", "student")
+    stage = FinishedStudent(path).record.get("stage", "student")
     if not str(stage).startswith("student"):
         raise UsageError(f"{path} is no student, but: {stage}")
     config = read_json(path / "config.json")
@@ -110,10 +115,14 @@ def _problem_type(config: dict[str, Any]) -> str:
 
 
 def student_facts(found: FinishedStudent, private: Private) -> CardFacts:
-    """All that can be said of a student, without a guess; what is private is left out."""
+    """All that can be said of a student, without a guess; what is private is left out.
+
+    Raises:
+        DistillError: the student is not as it was written.
+    """
     config, record = read_json(found.folder / "config.json") or {}, found.record
-    experiment = (read_json(found.run / RUN_FILE) if found.run else None) or {}
     report, why_not = _report_on(found, record)
+    experiment = _experiment(found, record, report)
     names = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
     teacher, data = experiment.get("teacher") or {}, experiment.get("data") or {}
     fingerprint = record.get("fingerprint") or {}
@@ -144,6 +153,26 @@ def student_facts(found: FinishedStudent, private: Private) -> CardFacts:
     if report is not None:
         _add_report(facts, report, found.seed)
     return facts
+
+
+def _experiment(found: FinishedStudent, record: dict[str, Any], report: dict[str, Any] | None) -> dict[str, Any]:
+    """The settings of the run that made the student, as it keeps them itself.
+
+    Students of earlier versions keep none. The run's own are those of the last one begun in its folder, and are taken
+    where they name the data set that the report on this student names.
+    """
+    own = record.get("run_settings")
+    if own is not None or found.run is None or report is None:
+        return own or {}
+    of_run = read_json(found.run / RUN_FILE) or {}
+    named, kept = (report.get("run") or {}).get("dataset"), (of_run.get("data") or {}).get("dataset")
+    return of_run if named and kept and _is_the_same_data(named, kept) else {}
+
+
+def _is_the_same_data(named: str, kept: str) -> bool:
+    """Whether a data set as it was given is the one in the settings of a run, which keep a local one as absolute."""
+    given = tuple(part for part in Path(named).parts if part not in ("..", "~"))
+    return bool(given) and Path(kept).parts[-len(given) :] == given
 
 
 def _report_on(found: FinishedStudent, record: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill_nlp.errors import UsageError
 from distill_nlp.labels import label_order
 
 State = dict[str, torch.Tensor]
@@ -37,10 +38,37 @@ def head_state(teacher: PreTrainedModel, config: Any) -> State:
     return state
 
 
+def order_head(model: PreTrainedModel, saved: Any) -> None:
+    """Moves the rows of a finished classifier's head to where its labels are now.
+
+    Args:
+        model: loaded with other labels than it was saved with.
+        saved: its config as it was. The head stays as it is where the labels differ by more than their order.
+    """
+    try:
+        order = label_order(saved, model.config)
+    except ValueError:
+        return
+    if order is None:
+        return
+    state = model.state_dict()
+    rows = [state[key] for key in _of_labels(model, f"{model.base_model_prefix}.")]
+    if not rows or any(len(tensor) != len(order) for tensor in rows):
+        raise UsageError(
+            f"{type(model).__name__}: its head gives {list(saved.id2label.values())}, and cannot be put into the order "
+            f"of the data's labels, {list(model.config.id2label.values())}; give data.label_names in the first order, "
+            "where the data leave it open, or a model without a head"
+        )
+    for tensor in rows:
+        tensor.copy_(tensor[order])
+
+
 def _of_labels(teacher: PreTrainedModel, prefix: str) -> list[str]:
-    """The parameters with one row for each label: those of the head's last linear layer."""
+    """The parameters with one row for each label: those of the head's last linear layer; none where it has no such."""
     modules = teacher.named_modules()
     linear = [name for name, module in modules if isinstance(module, nn.Linear) and not name.startswith(prefix)]
+    if not linear:
+        return []
     return [f"{linear[-1]}.{name}" for name, _ in teacher.get_submodule(linear[-1]).named_parameters()]
 
 

@@ -16,7 +16,7 @@ from distill_nlp.losses import CrossEntropyLoss
 from distill_nlp.materials import Materials
 from distill_nlp.stage_runner import StageRunner
 from distill_nlp.stage_training import TrainingJob
-from distill_nlp.stages import Fingerprint, StageFolder
+from distill_nlp.stages import Fingerprint, StageFolder, phase_folders
 from distill_nlp.teacher_stages import TeacherStages
 from distill_nlp.training_rows import baseline_rows, student_rows
 from distill_nlp.training_settings import same_budget, training_arguments
@@ -165,9 +165,7 @@ class StudentStages:
             self._phase_job(i, seed, name, StageFolder(path), {}, dry=True).rehearse(self.runner.tell)
 
     def _folders(self, seed: int) -> list[Any]:
-        final = self.runner.root / "student" / f"seed-{seed}"
-        before = range(1, len(self._phases))
-        return [final.with_name(f"{final.name}-phase-{i}") for i in before] + [final]
+        return phase_folders(self.runner.root / "student" / f"seed-{seed}", len(self._phases))
 
     def _phase_job(
         self,
@@ -202,7 +200,13 @@ class StudentStages:
             train=student_rows(materials, lambda: materials.student_rows if dry else teachers.student_rows),
             arguments=arguments,
             settings=self._settings_of(index),
+            run_settings=self._kept_settings,
         )
+
+    @property
+    def _kept_settings(self) -> dict[str, Any]:
+        """Of the run, without where its results lie: that says nothing of the student, and they may be moved."""
+        return {k: v for k, v in self.runner.run_settings.items() if k not in ("output_dir", "cache_dir")}
 
     def _settings_of(self, index: int) -> str:
         """The block that sets a phase's batches."""

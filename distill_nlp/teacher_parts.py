@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from distill_nlp.config import DataSection, TeacherMember
 from distill_nlp.errors import UsageError
 from distill_nlp.labels import label_order
-from distill_nlp.loading import is_classifier, load_classifier, load_config, load_tokenizer
+from distill_nlp.loading import is_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import SINGLE_LABEL, ModelShape, ProblemType
-from distill_nlp.student import label_arguments, model_from_config, task_settings
+from distill_nlp.student import label_arguments, load_for_labels, model_from_config, task_settings
 from distill_nlp.teacher import TEACHER_PREFIX
 from distill_nlp.tokenization import token_difference
 
@@ -122,7 +122,7 @@ class TeacherPart:
                 return model_from_config({**sizes, **(settings.config or {})}, overrides)
         except (ValueError, TypeError) as error:
             raise UsageError(f"{self.where}.{error}") from error
-        return load_classifier(settings.model, settings.revision, **overrides)
+        return load_for_labels(settings.model, settings.revision, **overrides)
 
 
 def prepared(tokenizer: Any, data: DataSection, max_length: int) -> Any:
@@ -130,6 +130,9 @@ def prepared(tokenizer: Any, data: DataSection, max_length: int) -> Any:
     if tokenizer.pad_token_id is None:
         raise UsageError(f"the tokenizer {tokenizer.name_or_path} has no padding token")
     tokenizer.truncation_side = data.truncation_side
+    # What a tokenizer is saved with: the attribute alone is written down by a call that cuts a text, and where tokens
+    # are found in the cache of the datasets library there is none.
+    tokenizer.init_kwargs["truncation_side"] = data.truncation_side
     tokenizer.model_max_length = max_length
     return tokenizer
 

@@ -19,7 +19,7 @@ TEXT_COLUMNS = ("text", "text_pair")
 def tokenize(
     dataset: Any,
     tokenizer: Any,
-    max_length: int,
+    max_length: int | None,
     token_type_ids: bool = False,
     prefix: str = "",
     keep_texts: bool = False,
@@ -29,7 +29,7 @@ def tokenize(
     Args:
         dataset: a `datasets.Dataset` with the column `text`, and `text_pair` where the rows are pairs.
         tokenizer: the reader's.
-        max_length: longest row in tokens, those of the template included.
+        max_length: longest row in tokens, those of the template included; None: no limit.
         token_type_ids: makes them even where the tokenizer does not by itself.
         prefix: before the names of the new columns; "" for the student, "teacher_" for a teacher that reads other
             tokens.
@@ -66,7 +66,11 @@ def tokenize(
 
 
 def encode_texts(
-    batch: Mapping[str, list[Any]], tokenizer: Any, max_length: int, token_type_ids: bool = False, prefix: str = ""
+    batch: Mapping[str, list[Any]],
+    tokenizer: Any,
+    max_length: int | None,
+    token_type_ids: bool = False,
+    prefix: str = "",
 ) -> dict[str, list[list[int]]]:
     """Token ids of texts and, where they are there, their pairs; arguments as of `tokenize`.
 

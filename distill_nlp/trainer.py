@@ -18,21 +18,19 @@ from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.gradient_meter import GradientMeter
 from distill_nlp.labels import check_data_labels
 from distill_nlp.losses.base import IGNORE_INDEX, DistillationLoss
-from distill_nlp.modeling import DistillationModel, accepted_arguments, bare_model
+from distill_nlp.modeling import DistillationModel, accepted_arguments, autocast_of, bare_model
 from distill_nlp.objective import DistillationObjective, Shares
 from distill_nlp.outputs import DistillationOutput
 from distill_nlp.parameter_groups import Freezing, layer_factors, scale_by_layer
 from distill_nlp.projections import fit_projections, projected_losses, separate_projections
-from distill_nlp.resumable import ResumableTrainer
-from distill_nlp.row_numbers import large_random_order
+from distill_nlp.row_order import OrderedTrainer
 from distill_nlp.sample_batches import sample_batches
-from distill_nlp.sampling import grouped_sampler, mixed_sampler
 from distill_nlp.schedules import Setting
 from distill_nlp.teacher import TEACHER_PREFIX, CachedTeacher, Teacher, bind_teacher
 from distill_nlp.terms import FormulaPrinter
 
 
-class DistillationTrainer(ResumableTrainer):
+class DistillationTrainer(OrderedTrainer):
     """Trains a student on a teacher's answers and features; used as any `Trainer`.
 
     `evaluate` and `predict` give the student's plain task loss and metrics; the teacher does not run. `save_model`
@@ -104,7 +102,9 @@ class DistillationTrainer(ResumableTrainer):
             enable_quick_attention(bare_model(model))
         # The Trainer seeds itself only later; the projections are drawn here.
         set_seed(args.seed)
-        wrapped = DistillationModel(model, objective, teacher.config if objective.needs_teacher else None)
+        teacher_config = teacher.config if objective.needs_teacher else None
+        # What DDP, FSDP or a compiler wrap: to unwrap theirs anew in each step takes longer than it looks.
+        self._distillation_model = wrapped = DistillationModel(model, objective, teacher_config)
         # Before the Trainer looks at the columns of the data: the teacher's inputs count as used.
         student_config = getattr(model, "config", None)
         self.teacher = bind_teacher(teacher, student_config, objective) if objective.needs_teacher else None
@@ -123,7 +123,7 @@ class DistillationTrainer(ResumableTrainer):
             self._get_train_sampler()  # refuses data that it cannot serve; of a stream, the Trainer would never ask
         self._begin_training()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            refuse_where_sharded(self.args, objective, measures=self._meter.every > 0)
+            refuse_where_sharded(self.args, objective, self.accelerator, measures=self._meter.every > 0)
         if self.args.torch_compile and self._meter.every:
             # Else a compiled backward gives its buffers away, and the gradient of the next term finds none.
             torch._functorch.config.donated_buffer = False
@@ -147,10 +147,6 @@ class DistillationTrainer(ResumableTrainer):
     def objective(self) -> DistillationObjective:
         """The losses with their projections."""
         return self._distillation_model.objective
-
-    @property
-    def _distillation_model(self) -> DistillationModel:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     # ---- one step ----
 
@@ -188,7 +184,7 @@ class DistillationTrainer(ResumableTrainer):
 
         teacher_features = None
         if self.teacher is not None and self.objective.needs_teacher_now:
-            with self.accelerator.autocast():
+            with autocast_of(self.accelerator):
                 teacher_features = self.teacher(asked)
         shares: Shares | None = None
         if num_items_in_batch is not None:
@@ -215,7 +211,10 @@ class DistillationTrainer(ResumableTrainer):
         labels = batch.get("labels")
         if labels is None:
             some_input = next(v for v in batch.values() if isinstance(v, torch.Tensor))
-            return torch.tensor([float(len(some_input)), 0.0], device=some_input.device)
+            counts = torch.zeros(2, device=some_input.device)
+            # Filled where it lies: a copy from the host would wait for the device.
+            counts[0].fill_(len(some_input))
+            return counts
         labeled = (labels.view(len(labels), -1) != IGNORE_INDEX).all(dim=1)
         return torch.stack([torch.full_like(labeled, 1, dtype=torch.float32).sum(), labeled.sum().float()])
 
@@ -246,19 +245,6 @@ class DistillationTrainer(ResumableTrainer):
             self._freezing.end()
 
     # ---- data and optimizer ----
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The Trainer's sampler, but where its order would differ over ranks, or where batches keep a ratio."""
-        data = self.train_dataset if train_dataset is None else train_dataset
-        own = (data, self.args, self._train_batch_size, lambda: int(self.state.epoch or 0))
-        if setting_of(self.args, "unlabeled_ratio") is not None:
-            return mixed_sampler(*own)
-        strategy, ordered = self.args.train_sampling_strategy, None
-        if strategy == "group_by_length":
-            ordered = grouped_sampler(*own)
-        elif strategy == "random":
-            ordered = large_random_order(data, self.args, own[-1])
-        return super()._get_train_sampler(train_dataset) if ordered is None else ordered
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keeps the columns that either model takes: a BERT teacher reads token_type_ids, its DistilBERT does not."""

@@ -22,6 +22,11 @@ def take_over_the_end(trainer: DistillationTrainer, checkpoint: Path) -> bool:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not stopped:
         return False
     best = best_of(checkpoint) if trainer.args.load_best_model_at_end else None
+    # The main rank wrote it.
+    ended.is_local_process_zero, ended.is_world_process_zero = (
+        trainer.is_local_process_zero(),
+        trainer.is_world_process_zero(),
+    )
     trainer.state = ended
     trainer._load_callback_state()
     # The folder may have moved since.

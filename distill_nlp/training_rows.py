@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers.trainer_utils import SaveStrategy
 
 from distill_nlp.arguments import DistillationArguments, setting_of
+from distill_nlp.arrow_columns import row_lengths
 from distill_nlp.errors import UsageError
 from distill_nlp.materials import Materials
 from distill_nlp.row_stream import Row, RowStream
-from distill_nlp.sampling import row_lengths
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.tokenization import TEXT_COLUMNS, encode_texts
 
@@ -50,6 +51,9 @@ class StreamedRows:
         # The first rank would read for all, and could not join batches of other lengths.
         changed.accelerator_config.dispatch_batches = False
         changed.unlabeled_ratio = None
+        if changed.save_strategy == SaveStrategy.EPOCH:
+            # The one epoch of a stream ends with the training: a killed one would have no checkpoint.
+            changed.save_strategy, changed.save_steps = SaveStrategy.STEPS, max(arguments.max_steps // 10, 1)
         try:
             stream = RowStream(
                 self.kinds,

@@ -225,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, repo: str, revision: str, body: bytes) -> None:
         hub, files = self.server_state, self._files_of(repo, revision)
         entries = [json.loads(line) for line in body.decode().splitlines()]
-        new = {}
+        new, gone = {}, []
         for entry in entries:
             value = entry["value"]
             if entry["key"] == "file":
@@ -234,8 +234,16 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in hub.blobs:
                     return self._answer(400, {"error": "the LFS object was not uploaded"})
                 new[value["path"]] = hub.blobs[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                if value["path"] not in files:
+                    return self._answer(404, {"error": "no such file"}, X_Error_Code="EntryNotFound")
+                gone.append(value["path"])
         files.update(new)
-        hub.commits.append({"repo": repo, "revision": revision, "files": sorted(new), **entries[0]["value"]})
+        for name in gone:
+            del files[name]
+        hub.commits.append(
+            {"repo": repo, "revision": revision, "files": sorted(new), "deleted": sorted(gone)} | entries[0]["value"]
+        )
         address = {"commitOid": COMMIT, "commitUrl": f"{hub.url}/{repo}/commit/{COMMIT}"}
         self._answer(200, {"success": True, **address, "hookOutput": ""})
 

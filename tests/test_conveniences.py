@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from helpers import (
     LABELS,
     checkpointing,
@@ -22,11 +24,13 @@ from helpers import (
     parameters_of,
     step_logs,
 )
+from safetensors.torch import save_file
+from torch.distributed.fsdp import StateDictType
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from distill_nlp import CrossEntropyLoss, HiddenStateLoss, KLDivergenceLoss, stage_training
-from distill_nlp.combinations import refuse_where_sharded
+from distill_nlp.combinations import refuse_unsaved, refuse_where_sharded
 from distill_nlp.config import TrainingSection
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.losses.cross_entropy import balanced_class_weights
@@ -202,9 +206,24 @@ def test_blocks_learn_above_frozen_embeddings_with_gradient_checkpointing(tmp_pa
 )
 def test_sharded_training_refuses_parts(tmp_path, settings, names):
     objective = DistillationObjective(logits_losses())
-    refuse_where_sharded(make_trainer(tmp_path).args, objective, measures=False)
+    plain = SimpleNamespace(distributed_type=DistributedType.NO, state=SimpleNamespace())
+    refuse_where_sharded(make_trainer(tmp_path).args, objective, plain, measures=False)
     with pytest.raises(ValueError, match=f"^{names}: FSDP and DeepSpeed put parameters of their own"):
-        refuse_where_sharded(make_trainer(tmp_path, **settings).args, objective, measures=False)
+        refuse_where_sharded(make_trainer(tmp_path, **settings).args, objective, plain, measures=False)
+
+
+def test_what_a_launcher_would_leave_out_in_silence_is_refused(tmp_path):
+    def refused(like, **settings):
+        arguments = make_trainer(tmp_path, **settings).args
+        refuse_where_sharded(arguments, DistillationObjective({"kl": KLDivergenceLoss()}), like, measures=False)
+
+    def launched(kind):
+        return SimpleNamespace(distributed_type=kind, state=SimpleNamespace())
+
+    refused(launched(DistributedType.FSDP), on_nonfinite="skip")
+    refused(launched(DistributedType.DEEPSPEED))
+    with pytest.raises(ValueError, match="^on_nonfinite: DeepSpeed's optimizer takes the step"):
+        refused(launched(DistributedType.DEEPSPEED), on_nonfinite="skip")
 
 
 # Rows 0 to 3 are one rank's first batch.
@@ -637,3 +656,46 @@ def test_balanced_weights_bring_each_class_the_same_part_of_the_loss(tmp_path):
 def test_balanced_weights_that_nobody_put_in_numbers_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match='class_weights "balanced" must be put in numbers first'):
         make_trainer(tmp_path, losses={"ce": CrossEntropyLoss(class_weights="balanced")})
+
+
+def launched_with(state_dict_type):
+    plugin = SimpleNamespace(state_dict_type=state_dict_type)
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+
+
+def test_an_fsdp_that_leaves_no_model_behind_is_refused_before_a_stage_trains():
+    refuse_unsaved(SimpleNamespace(state=SimpleNamespace()))
+    refuse_unsaved(launched_with(StateDictType.FULL_STATE_DICT))
+    with pytest.raises(ValueError, match="leaves no model behind: set fsdp_state_dict_type to FULL_STATE_DICT"):
+        refuse_unsaved(launched_with(StateDictType.SHARDED_STATE_DICT))
+
+
+@pytest.mark.parametrize("left", [None, {}])
+def test_a_stage_whose_weights_were_not_written_keeps_its_checkpoints(tmp_path, monkeypatch, left):
+    """As under ZeRO-3 without zero3_save_16bit_model: nothing, or of adapters a file with nothing in it."""
+    job, whole = make_job(tmp_path), DistillationTrainer.save_model
+
+    def save(trainer, output_dir, *arguments, **settings):
+        if Path(output_dir) != job.folder.result:
+            whole(trainer, output_dir, *arguments, **settings)
+            return
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        if left is not None:
+            save_file(left, Path(output_dir) / "adapter_model.safetensors")
+
+    monkeypatch.setattr(DistillationTrainer, "save_model", save)
+    with pytest.raises(DistillError, match="no weights were written at the end of training"):
+        job.run(lambda line: None)
+    assert list(job.folder.checkpoints.glob("checkpoint-*"))
+    assert not job.folder.path.exists()
+
+
+def test_checkpoints_of_other_settings_go_with_a_line(tmp_path):
+    earlier = make_job(tmp_path)
+    assert earlier.folder.begin({"seed": 1}) == []
+    (earlier.folder.checkpoints / "checkpoint-2").mkdir(parents=True)
+    assert earlier.folder.begin({"seed": 1}) == []
+    said = []
+    make_job(tmp_path).run(said.append)
+    assert "student, seed 0      settings changed since it was interrupted, so it begins anew (seed: 1 → 0)" in said
+    assert earlier.folder.begin({"seed": 2}) == []

@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
 
 from distill_nlp.config import DataSection
-from distill_nlp.data import content_hash, load_splits
+from distill_nlp.data import as_classes, content_hash, load_splits
 from distill_nlp.errors import UsageError
 
 ROWS = [("w4 w5", "good"), ("w6", "bad"), ("w7 w8 w9", "good"), ("w10", "bad"), ("w11", "good"), ("w12", "bad")] * 4
@@ -57,6 +57,19 @@ def test_text_files_in_one_folder_per_label(tmp_path):
     assert splits.label_names == ["neg", "pos"]
     assert len(splits.test) == 4
     assert splits.test[0]["text"] == "w0 neg test"
+
+
+def test_the_unlabeled_folder_of_the_imdb_archive_is_no_class(tmp_path):
+    for folder in ("train/neg", "train/pos", "train/unsup", "test/neg", "test/pos"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(4):
+            (tmp_path / folder / f"{i}_0.txt").write_text(f"w{i} {folder}", encoding="utf-8")
+    splits = load_splits(section(tmp_path, validation_fraction=0.25))
+    assert splits.label_names == ["neg", "pos"]
+    assert len(splits.train) + len(splits.validation) == 8
+    assert any("unsup has no labels and is left out; --data.unlabeled train/unsup" in note for note in splits.notes)
+    splits = load_splits(section(tmp_path, validation_fraction=0.25, unlabeled="train/unsup"))
+    assert sorted(splits.unlabeled["text"]) == [f"w{i} train/unsup" for i in range(4)]
 
 
 def test_a_saved_data_set_keeps_its_label_names(tmp_path):
@@ -220,3 +233,38 @@ def test_json_with_a_label_of_another_type_in_one_row_is_refused(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     with pytest.raises(UsageError):
         load_splits(section(tmp_path))
+
+
+@pytest.mark.parametrize("given", [["positive", "negative"], ["Positive", "other"]])
+def test_names_at_another_place_than_in_the_data_set_are_refused(tmp_path, given):
+    """Its labels are numbers: renamed, each of the model's answers would be the wrong one."""
+    rows = Dataset.from_dict({"text": [f"w{i}" for i in range(20)], "label": [i % 2 for i in range(20)]})
+    rows = rows.cast_column("label", ClassLabel(names=["negative", "positive"]))
+    DatasetDict({"train": rows, "test": rows.select(range(4))}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UsageError, match=r"has .*ositive.* in another place than .*\['negative', 'positive'\]"):
+        load_splits(section(tmp_path / "saved", label_names=given))
+    renamed = ["Negative", "good"]
+    assert load_splits(section(tmp_path / "saved", label_names=renamed)).label_names == renamed
+
+
+def test_decimals_mean_the_classes_of_their_numbers_to_a_finished_model_too(tmp_path):
+    rows = Dataset.from_dict({"text": ["a"] * 11, "labels": [str(i) for i in range(11)]})
+    names = [f"LABEL_{i}" for i in range(11)]
+    found = as_classes(rows, section(tmp_path), "test", names, "single_label_classification")
+    assert list(found["labels"]) == list(range(11))
+
+
+SWALLOWED = 'text\tlabel\n"great film\t1\nbad\t0\nnice" movie\t1\n'
+
+
+def test_a_tsv_whose_quotation_marks_take_in_rows_is_refused(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.tsv").write_text("text\tlabel\nfine\t1\n" + SWALLOWED.partition("\n")[2])
+    with pytest.raises(UsageError, match=r"row 1 of .*train\.tsv holds lines that look like rows, 'great film.* jsonl"):
+        load_splits(section(tmp_path))
+    # Quotes that are written as such, be there tabs or line breaks in them.
+    texts = ['"a" b', "tab\tin it", "a\nline", "2\n\nlines\tand a tab", "Dear all\n\tnext", "Item:\tPrice\nApple 3"]
+    frame = pd.DataFrame({"text": texts * 2, "label": [0, 1] * 6})
+    for split in ("train", "test"):
+        frame.to_csv(tmp_path / f"{split}.tsv", sep="\t", index=False)
+    assert load_splits(section(tmp_path)).test["text"] == list(frame["text"])

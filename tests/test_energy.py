@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from test_conveniences import make_job
 
 from distill_nlp import energy
 from distill_nlp.energy import Counter, EnergyMeter, machine_counters
@@ -110,8 +111,25 @@ def test_the_gpus_that_may_be_used_are_read_in_joules(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [(c.name, c.read()) for c in machine_counters(tmp_path)] == [("GPU 0", 1.5), ("GPU 1", 1.501)]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert [c.name for c in machine_counters(tmp_path)] == ["GPU 1"]
+    assert machine_counters(tmp_path, gpus=False) == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [("1", [1]), ("1, 0", [1, 0]), ("", []), ("-1", []), ("0,-1,1", [0]), ("0,7,1", [0]), ("GPU-7f", [0, 1])],
+)
+def test_what_cuda_may_not_use_is_not_counted(tmp_path, monkeypatch, visible, expected):
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [c.name for c in machine_counters(tmp_path)] == [f"GPU {i}" for i in expected]
+
+
+def test_a_stage_on_the_cpu_counts_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    job = make_job(tmp_path, max_steps=1)
+    job.run(lambda line: None)
+    found = job.folder.record()["energy"] or {"sources": []}
+    assert not {"GPU 0", "GPU 1"} & set(found["sources"])
 
 
 def test_gpus_without_a_counter_are_left_out(tmp_path, monkeypatch):

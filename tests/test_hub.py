@@ -88,6 +88,15 @@ def test_the_pushed_student_is_pulled_again_and_nothing_else_is_sent(tmp_path):
     assert "distilled from a bert classifier" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+def test_what_an_earlier_student_left_is_removed_by_a_trainer_too(hub, make_trainer):
+    """Beside full weights, the config of an adapter would have its base loaded."""
+    kept = {"notes.md": b"", "last-checkpoint/adapter_config.json": b"{}"}
+    hub.private[REPO], hub.files[REPO] = True, {"adapter_config.json": b"{}", "report.md": b"", **kept}
+    make_trainer(hub_model_id=REPO, hub_token=TOKEN).push_to_hub()
+    assert set(hub.files[REPO]) == STUDENT | set(kept)
+    assert hub.commits[0]["deleted"] == ["adapter_config.json", "report.md"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "more"),

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import BINARY, label_config, make_teacher, make_tokenizer, seeded
-from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig, XLNetConfig
 
 from distill_nlp.candidates import open_candidate
 from distill_nlp.cli import main
 from distill_nlp.config_file import load_experiment
 from distill_nlp.errors import UsageError
+from distill_nlp.inference import encoded_rows
 from distill_nlp.lengths import longest_input, most_positions
 from distill_nlp.materials import Materials
 from distill_nlp.stage_training import TrainingJob
@@ -79,6 +80,16 @@ def test_the_smallest_limit_counts():
     tokenizer.model_max_length = int(1e30)
     assert longest_input(config, tokenizer) == 40
     assert longest_input(None, tokenizer, 50) == 50
+
+
+def test_a_model_without_positions_sets_no_limit():
+    assert most_positions(XLNetConfig()) is None
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    assert longest_input(XLNetConfig(), tokenizer) is None
+    assert longest_input(XLNetConfig(), tokenizer, 12) == 12
+    (row,) = encoded_rows(tokenizer, [LONG], None, None)
+    assert len(row["input_ids"]) == 102
 
 
 @pytest.fixture

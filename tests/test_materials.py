@@ -2,10 +2,14 @@
 
 import pandas as pd
 import pytest
+from helpers import make_tokenizer
+from transformers import AutoTokenizer
 
+from distill_nlp.config import DataSection
 from distill_nlp.config_file import load_experiment
 from distill_nlp.errors import UsageError
 from distill_nlp.materials import Materials
+from distill_nlp.teacher_parts import prepared
 
 
 def write(folder, labels):
@@ -53,3 +57,11 @@ def test_students_have_no_attention_dropout_unless_it_is_set(experiment, setting
     inside = [m.dropout.p for n, m in student.named_modules() if n.endswith(".attention")]
     assert inside
     assert set(inside) == {rate}
+
+
+def test_the_side_that_texts_are_cut_on_is_saved_where_no_text_was_read(tmp_path):
+    """As where all tokens are found in the cache of the datasets library: a second seed, a run that goes on."""
+    data = DataSection(dataset="any", truncation_side="left")
+    prepared(make_tokenizer(), data, 16).save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert (saved.truncation_side, saved.model_max_length) == ("left", 16)

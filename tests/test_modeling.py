@@ -1,12 +1,16 @@
 """The student and its objective as one module."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import DistributedType
 from helpers import all_losses, make_batch, make_student, make_teacher, seeded
 from torch import nn
 
 from distill_nlp import CrossEntropyLoss, DistillationModel, DistillationObjective, HiddenStateLoss, KLDivergenceLoss
-from distill_nlp.modeling import accepted_arguments
+from distill_nlp.modeling import accepted_arguments, autocast_of
 from distill_nlp.outputs import DistillationOutput, Features
 
 
@@ -38,6 +42,26 @@ def test_in_evaluation_it_is_the_student_and_needs_no_teacher():
     assert list(output) == ["loss", "logits"]
     del batch["labels"]
     assert list(model(**batch)) == ["logits"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "expected"),
+    [
+        (DistributedType.DEEPSPEED, "bf16", torch.bfloat16),
+        (DistributedType.DEEPSPEED, "fp16", torch.float16),
+        (DistributedType.DEEPSPEED, "no", None),
+        (DistributedType.NO, "bf16", torch.bfloat16),
+    ],
+)
+def test_a_model_beside_the_trained_one_has_its_precision(kind, precision, expected):
+    """Under DeepSpeed, accelerate's own autocast does nothing, and a teacher would run in float32."""
+    own = nullcontext() if kind == DistributedType.DEEPSPEED else torch.autocast("cpu", torch.bfloat16)
+    like = SimpleNamespace(
+        mixed_precision=precision, distributed_type=kind, device=torch.device("cpu"), autocast=lambda: own
+    )
+    with autocast_of(like):
+        assert torch.is_autocast_enabled("cpu") == (expected is not None)
+        assert expected is None or torch.get_autocast_dtype("cpu") == expected
 
 
 def test_in_training_a_missing_teacher_is_refused():

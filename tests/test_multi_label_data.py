@@ -10,11 +10,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from helpers import TOPICS, make_tokenizer, write_rows_of_several_labels
 
+from distill_nlp.arrow_columns import labeled_rows
 from distill_nlp.collation import DistillationCollator
 from distill_nlp.config import DataSection
 from distill_nlp.data import content_hash, load_splits, read_problem_type
 from distill_nlp.errors import UsageError
-from distill_nlp.sampling import labeled_rows
 from distill_nlp.tokenization import tokenize
 
 MULTI_LABEL = "multi_label_classification"

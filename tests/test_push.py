@@ -15,8 +15,11 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill_nlp.cli import main
+from distill_nlp.config_file import load_experiment
 from distill_nlp.hub import client
 from distill_nlp.loading import checkpoint_print
+from distill_nlp.manifests import write_manifest
+from distill_nlp.pipeline import Pipeline
 
 REPO = "tester/tiny-student"
 LABELS = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
@@ -42,12 +45,22 @@ FINGERPRINT = {"seed": 0, "data": {"max_length": 16}, "training": {"learning_rat
 
 def write_run(run: Path, seeds=(0,), validation=(0.75,)) -> Path:
     """A finished run as far as a push reads it, with a report on its students."""
+    experiment = {
+        "output_dir": str(run),
+        "seeds": list(seeds),
+        "data": {"dataset": "/srv/private/reviews"},
+        "teacher": {"model": "google-bert/bert-base-uncased"},
+        "student": {"from_teacher": {"layers": 2}},
+        "losses": {"kl": {"weight": 0.7}},
+        "training": {"hub_token": TOKEN, "logging_dir": str(run / "logs")},
+    }
     models = {}
     for seed, accuracy in zip(seeds, validation, strict=True):
         folder = save_student(run / "student" / f"seed-{seed}", seed=seed)
         fingerprint = FINGERPRINT | {"seed": seed}
         record = {"stage": f"student, seed {seed}", "fingerprint": fingerprint, "objective": "0.3·ce + 0.7·kl(T=2)"}
         record |= {"steps": 3, "validation": {"accuracy": accuracy, "f1_macro": 0.5}, "versions": {"torch": "2.13"}}
+        record |= {"run_settings": {name: value for name, value in experiment.items() if name != "output_dir"}}
         (folder / "stage.json").write_text(json.dumps(record))
         models[f"student-{seed}"] = fingerprint
 
@@ -79,17 +92,15 @@ def write_run(run: Path, seeds=(0,), validation=(0.75,)) -> Path:
     }
     (run / "report.json").write_text(json.dumps(report))
     (run / "report.md").write_text(f"# Report of {run}/student\n")
-    experiment = {
-        "output_dir": str(run),
-        "seeds": list(seeds),
-        "data": {"dataset": "/srv/private/reviews"},
-        "teacher": {"model": "google-bert/bert-base-uncased"},
-        "student": {"from_teacher": {"layers": 2}},
-        "losses": {"kl": {"weight": 0.7}},
-        "training": {"hub_token": TOKEN, "logging_dir": str(run / "logs")},
-    }
     (run / "config.json").write_text(json.dumps(experiment))
     return run
+
+
+def change_record(student: Path, change) -> None:
+    """Has `change` do its work on what the student's stage left."""
+    record = json.loads((student / "stage.json").read_text())
+    change(record)
+    (student / "stage.json").write_text(json.dumps(record))
 
 
 def push(model, *more: str, repo: str = REPO) -> int:
@@ -151,6 +162,41 @@ def test_the_same_student_again_makes_no_second_commit(hub, tmp_path):
     student = save_student(tmp_path / "student")
     assert push(student) == push(student) == 0
     assert len(hub.commits) == 1
+
+
+OF_EARLIER = {
+    *("adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"),
+    *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "report.html", "report.json"),
+    *("onnx/model.onnx", "onnx/export.json", "onnx-int8/model.onnx_data", "onnx-int8/export.json"),
+}
+OF_THE_USER = {
+    *(".gitattributes", "notes.md", "LICENSE", "pytorch_model.bin", "onnx/notes.md", "onnx-mine/model.onnx"),
+    *("last-checkpoint/model.safetensors", "checkpoint-2/adapter_config.json", "docs/report.html"),
+}
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_what_an_earlier_student_left_is_removed_by_the_same_commit_and_all_else_stays(hub, tmp_path, capsys, revision):
+    hub.private[REPO] = True
+    hub.files[REPO] = dict.fromkeys(OF_EARLIER | OF_THE_USER | {"config.json"}, b"{}")
+    hub.fail("/commit/", "late", times=1)  # what is gone is not to be removed again
+    student = save_student(tmp_path / "student")
+    assert push(student, *(["--revision", revision] if revision else [])) == 0
+    assert set(hub.files[f"{REPO}@{revision}" if revision else REPO]) == MODEL_FILES | OF_THE_USER
+    assert [set(commit["deleted"]) for commit in hub.commits] == [OF_EARLIER]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "removed from" in line]
+    assert len(lines) == 1
+    assert all(name in lines[0] for name in OF_EARLIER)
+    AutoModelForSequenceClassification.from_pretrained(REPO, revision=revision, cache_dir=tmp_path / "cache")
+    assert push(student, *(["--revision", revision] if revision else [])) == 0
+    assert len(hub.commits) == 1
+    assert "removed from" not in capsys.readouterr().err
+
+
+def test_a_branch_that_nothing_was_committed_to_yet(hub, tmp_path):
+    hub.fail("/tree/", 404, X_Error_Code="EntryNotFound")
+    assert push(save_student(tmp_path / "student")) == 0
+    assert set(hub.files[REPO]) == MODEL_FILES
 
 
 # ---- what never leaves ----
@@ -309,6 +355,7 @@ def test_a_dry_run_lists_what_would_be_sent_and_needs_neither_network_nor_token(
     assert f"{size:,}  model.safetensors" in out
     assert "report.json" in out
     assert "bytes in 7 files" in out
+    assert "would remove from there the weights, adapters, reports and ONNX exports of earlier pushes" in out
     assert "# tiny-student" in out
 
 
@@ -356,12 +403,68 @@ def test_the_card_says_what_the_report_measured_of_this_student(hub, tmp_path):
 )
 def test_the_card_names_the_split_and_the_configuration_that_were_read(hub, tmp_path, data, split, config):
     run = write_run(tmp_path / "run")
-    experiment = json.loads((run / "config.json").read_text())
-    experiment["data"] = {"dataset": "nyu-mll/glue"} | data
-    (run / "config.json").write_text(json.dumps(experiment))
+    data = {"dataset": "nyu-mll/glue"} | data
+    change_record(run / "student" / "seed-0", lambda record: record["run_settings"].update(data=data))
     assert push(run) == 0
     results = ModelCard(hub.files[REPO]["README.md"].decode()).data.eval_results
     assert {(r.dataset_type, r.dataset_split, r.dataset_config) for r in results} == {("nyu-mll/glue", split, config)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_doctor")
+def test_the_card_is_of_the_run_that_made_the_student_not_of_one_begun_since(experiment, tmp_path, capsys):
+    """Another run was begun in the folder and has trained nothing yet."""
+    made = experiment(losses={"kl": {}})
+    assert main(["run", str(made), "--stages", "teacher,student"]) == 0
+    shutil.copytree(tmp_path / "data", tmp_path / "begun-since")
+    shutil.copytree(tmp_path / "backbone", tmp_path / "finished")
+    make_teacher(**LABELS).save_pretrained(tmp_path / "finished")
+    changes = {"data__dataset": str(tmp_path / "begun-since"), "teacher__model": str(tmp_path / "finished")}
+    changes |= {"data__label_names": ["bad", "good"], "student": {"config": {"model_type": "distilbert", "dim": 32}}}
+    Pipeline(load_experiment(experiment(**changes))).run(stages=[])
+    assert str(tmp_path / "begun-since") in (tmp_path / "run" / "config.json").read_text()
+    capsys.readouterr()
+    assert push(tmp_path / "run", "--dry-run") == 0
+    card = capsys.readouterr().out
+    assert "- Examples: data, not on the Hub\n" in card
+    assert "dataset: PATH/data\n" in card
+    assert "model: PATH/backbone\n" in card
+    assert "from_teacher" in card
+    assert "begun-since" not in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("of_report", "of_run", "known"),
+    [
+        ("/srv/private/reviews", "/srv/private/reviews", True),
+        ("./private/reviews", "/srv/private/reviews", True),  # as given, and as kept
+        ("nyu-mll/glue", "nyu-mll/glue", True),
+        ("/srv/private/reviews", "nyu-mll/glue", False),
+        ("nyu-mll/glue", "/srv/private/reviews", False),
+        ("/reviews", "/srv/private/reviews", False),
+        (None, "nyu-mll/glue", False),  # there is no report
+    ],
+)
+def test_of_an_earlier_version_s_student_the_run_tells_where_its_data_set_is_the_report_s(
+    hub, tmp_path, of_report, of_run, known
+):
+    run = write_run(tmp_path / "run")
+    change_record(run / "student" / "seed-0", lambda record: record.pop("run_settings"))
+    report, experiment = (json.loads((run / name).read_text()) for name in ("report.json", "config.json"))
+    if of_report is None:
+        (run / "report.json").unlink()
+    else:
+        report["run"]["dataset"] = of_report
+        (run / "report.json").write_text(json.dumps(report))
+    experiment["data"]["dataset"] = of_run
+    (run / "config.json").write_text(json.dumps(experiment))
+    assert push(run) == 0
+    card = ModelCard(hub.files[REPO]["README.md"].decode())
+    said = ("google-bert/bert-base-uncased", "- Examples: ", "with the settings", "Made by")
+    assert [text in card.text for text in said] == [known] * 4
+    named = {result.dataset_name for result in card.data.eval_results or ()}
+    assert named == (set() if of_report is None else {of_run.removeprefix("/srv/private/") if known else "not named"})
 
 
 @pytest.mark.slow
@@ -398,9 +501,8 @@ def test_a_report_that_is_not_on_this_student_is_neither_quoted_nor_sent(hub, tm
         # The page alone says nothing of which student it is on.
         (run / "report.json").unlink()
     else:
-        record = json.loads((run / "student/seed-0/stage.json").read_text())
-        record["fingerprint"]["training"]["learning_rate"] = 0.5
-        (run / "student/seed-0/stage.json").write_text(json.dumps(record))
+        other = {"learning_rate": 0.5}
+        change_record(run / "student/seed-0", lambda record: record["fingerprint"].update(training=other))
     assert push(run / "student" / "seed-0", "--include-report") == 2
     err = capsys.readouterr().err
     assert ("--include-report" in err, err.count("\n")) == (True, 1)
@@ -425,9 +527,7 @@ def test_each_phase_of_a_training_is_told_in_the_card(hub, tmp_path, kept):
         folder.mkdir()
         record = {"fingerprint": fingerprint, "objective": f"{i}·hidden", "steps": steps}
         (folder / "stage.json").write_text(json.dumps(record if kept else record | {"fingerprint": {"of": "another"}}))
-    record = json.loads((student / "stage.json").read_text())
-    record["fingerprint"]["after"] = second
-    (student / "stage.json").write_text(json.dumps(record))
+    change_record(student, lambda record: record["fingerprint"].update(after=second))
     assert push(student) == 0
     card = ModelCard(hub.files[REPO]["README.md"].decode()).text
     lines = card.splitlines()
@@ -445,9 +545,8 @@ def test_names_from_data_stay_text_in_the_card(hub, tmp_path):
     labels = {"id2label": {0: bad, 1: "good"}, "label2id": {bad: 0, "good": 1}}
     run = write_run(tmp_path / "run")
     save_student(run / "student" / "seed-0", **labels)
-    experiment = json.loads((run / "config.json").read_text())
-    experiment["data"] |= {"dataset": "/data/x\n---\n```evil", "label_names": ["```\n# Injected", "good"]}
-    (run / "config.json").write_text(json.dumps(experiment))
+    data = {"dataset": "/data/x\n---\n```evil", "label_names": ["```\n# Injected", "good"]}
+    change_record(run / "student" / "seed-0", lambda record: record["run_settings"].update(data=data))
     assert push(run) == 0
     card = ModelCard(hub.files[REPO]["README.md"].decode())
     assert "license" not in card.data.to_dict()
@@ -620,6 +719,25 @@ def test_folders_that_hold_no_finished_student(hub, tmp_path, capsys):
     (run / "student/seed-0").rename(run / "student/seed-0.partial")
     refused(run, "has no finished student yet")
     refused(run / "student/seed-0.partial", "is not finished")
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize(("change", "said"), [("cut", " bytes"), ("altered", "has other bytes than were written")])
+@pytest.mark.parametrize("of_run", [True, False])
+def test_a_student_that_is_not_as_it_was_written_is_not_pushed(hub, tmp_path, capsys, change, said, of_run):
+    run = write_run(tmp_path / "run")
+    student = run / "student" / "seed-0"
+    write_manifest(student)
+    assert push(student, "--dry-run") == 0
+    weights = student / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] if change == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    capsys.readouterr()
+    assert push(run if of_run else student) == 1
+    err = capsys.readouterr().err
+    assert f"{student} is not as it was written: model.safetensors has" in err
+    assert said in err
+    assert err.count("\n") == 1
     assert hub.calls == []
 
 

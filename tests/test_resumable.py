@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from distill_nlp.interruption import Interrupted, SignalWatch, active_watch
 from distill_nlp.manifests import checkpoints, damage, write_manifest
 from distill_nlp.resumable import CheckpointNotWritten
 from distill_nlp.trainer import DistillationTrainer
+from distill_nlp.training_end import take_over_the_end
 
-# Three epochs of four steps, in an order drawn from the global generator, with dropout, projections, balancing, a
+# Three epochs of four steps, with dropout, projections, balancing, a
 # schedule, and a log entry across the end of an epoch.
 HARD = {
     "max_steps": 11,
@@ -104,8 +106,6 @@ def test_a_training_that_is_told_to_stop_goes_on_bit_for_bit(make_trainer, tmp_p
     assert (newest.name, damage(newest)) == (f"checkpoint-{step}", None)
     trainer = hard_trainer(make_trainer, "run")
     if step == HARD["max_steps"]:
-        from distill_nlp.training_end import take_over_the_end
-
         assert take_over_the_end(trainer, newest)
         found = parameters_of(trainer.model)
         assert all(torch.equal(found[name], uninterrupted[0][name]) for name in uninterrupted[0])
@@ -113,6 +113,45 @@ def test_a_training_that_is_told_to_stop_goes_on_bit_for_bit(make_trainer, tmp_p
         return
     output = trainer.train(resume_from_checkpoint=True)
     assert_same(trainer, output, uninterrupted)
+
+
+def test_an_order_drawn_from_the_global_generator_goes_on_after_two_interruptions(make_trainer):
+    """One as an epoch ends, the other within the next, whose order comes from the state of the first's checkpoint."""
+    from helpers import make_student
+
+    def run(name, stop=None, resume=False):
+        trainer = make_trainer(
+            name,
+            student=make_student(),
+            # No `datasets.Dataset`: the Trainer's own sampler draws.
+            data=make_dataset(16).to_list(),
+            max_steps=11,
+            save_strategy="no",
+            per_device_train_batch_size=4,
+            train_sampling_strategy="group_by_length",
+            callbacks=[] if stop is None else [Ends(stop - 1)],
+        )
+        torch.manual_seed(11 if not resume else 12)
+        with nullcontext() if stop is None else pytest.raises(Interrupted), SignalWatch():
+            trainer.train(resume_from_checkpoint=resume)
+        return parameters_of(trainer.model)
+
+    whole = run("whole")
+    run("run", 4)
+    run("run", 6, resume=True)
+    last = run("run", resume=True)
+    assert all(torch.equal(last[name], whole[name]) for name in whole)
+
+
+def test_the_end_is_taken_over_by_each_rank_as_itself(make_trainer, tmp_path, monkeypatch):
+    """Else trackers of all ranks take themselves for the main one's: its state is what the checkpoint has."""
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    make_trainer("run", **settings).train()
+    trainer = make_trainer("run", **settings)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    monkeypatch.setattr(trainer, "is_local_process_zero", lambda: False)
+    assert take_over_the_end(trainer, tmp_path / "run" / "checkpoint-2")
+    assert (trainer.state.is_world_process_zero, trainer.state.is_local_process_zero) == (False, False)
 
 
 def test_a_folder_that_was_moved_goes_on_to_the_same_best_model(make_trainer, tmp_path, uninterrupted):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 import pytest
 from helpers import BINARY, label_config, make_teacher, make_tokenizer
 
 from distill_nlp.cli import main
-from distill_nlp.doctor import Finding
+from distill_nlp.config_file import load_experiment
+from distill_nlp.doctor import Finding, timing
+from distill_nlp.doctor.measure import StepTime
+from distill_nlp.durable_files import write_json
+from distill_nlp.pipeline import Pipeline
 
 KL = {"ce": {"weight": 0.3}, "kl": {"weight": 0.7}}
 
@@ -144,3 +150,30 @@ def test_help_names_the_switch(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     assert "--no-doctor" in capsys.readouterr().out
+
+
+def test_the_time_of_a_run_is_that_of_all_phases(experiment, tmp_path, monkeypatch, many_rows):
+    """And of each that is left, with steps of its own."""
+    phases = [{"losses": {"hidden": {}}, "training": {"max_steps": 4}}, {"losses": KL, "training": {"max_steps": 3}}]
+    monkeypatch.setattr(timing, "time_step", lambda *_: StepTime(1.0, 2.0, 0.5, batches=1, rows=4))
+    monkeypatch.setattr(timing, "_teacher_row", lambda *_: 0.0)
+
+    def made():
+        return Pipeline(load_experiment(experiment(losses={}, phases=phases, data__dataset=many_rows)))
+
+    def said():
+        return next(one.what for one in made().examine() if one.check == "time")
+
+    first = said()
+    assert re.search(r"baseline 7 steps, .*; student, phase 1, 4 steps, .*; student, phase 2, 3 steps, ", first)
+    # The second is over the cached answers, the first over layers.
+    assert first.count("teacher cache") == 1
+    student, prints = tmp_path / "run" / "student", made().prints.phases(0)
+    write_json(student / "seed-0-phase-1" / "stage.json", {"fingerprint": prints[0]})
+    left = said()
+    assert "phase 1" not in left
+    assert "student, phase 2, 3 steps" in left
+    (student / "seed-0-phase-1" / "stage.json").unlink()
+    # What is made of it is finished: the first phase is not made again.
+    write_json(student / "seed-0" / "stage.json", {"fingerprint": prints[1]})
+    assert "phase" not in said()

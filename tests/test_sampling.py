@@ -19,8 +19,9 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from helpers import largest_difference, make_arguments, make_dataset, make_student, parameters_of
 from transformers import DataCollatorWithPadding
 
-from distill_nlp import CrossEntropyLoss, sampling
-from distill_nlp.sampling import GroupedSampler, MixedSampler, grouped_sampler, labeled_rows, mixed_sampler
+from distill_nlp import CrossEntropyLoss, arrow_columns, sampling
+from distill_nlp.arrow_columns import labeled_rows
+from distill_nlp.sampling import GroupedSampler, MixedSampler, grouped_sampler, mixed_sampler
 
 
 def mask(labeled: int, unlabeled: int, seed: int = 0) -> np.ndarray:
@@ -269,7 +270,7 @@ def test_a_row_with_a_list_of_labels_is_unlabelled_where_any_of_them_is(kind):
 
 @pytest.mark.parametrize("as_list", [False, True])
 def test_labels_of_many_chunks_and_of_selected_rows_are_read_in_their_order(as_list, monkeypatch):
-    monkeypatch.setattr(sampling, "_CHUNK", 3)
+    monkeypatch.setattr(arrow_columns, "_CHUNK", 3)
     labels = np.random.default_rng(0).choice([-100, 0, 1], 20)
     data = Dataset.from_dict({"labels": [[v, 1] for v in labels.tolist()] if as_list else labels})
     rows = np.random.default_rng(1).permutation(20)[:17]
@@ -284,7 +285,7 @@ def grouped(tmp_path, data, **settings) -> np.ndarray:
 
 
 def test_lengths_are_those_of_the_tokens_or_of_the_column_that_the_arguments_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "_CHUNK", 3)
+    monkeypatch.setattr(arrow_columns, "_CHUNK", 3)
     data = make_dataset(11, unlabeled=(1, 6, 7)).select([5, 7, 6, 1, 0, 10, 9])
     tokens = [len(row) for row in data["input_ids"]]
     assert grouped(tmp_path, data).tolist() == tokens

@@ -107,6 +107,14 @@ def test_each_kind_of_file_gives_its_rows_in_order_and_again(ending, tmp_path):
     assert read(source, ["label"]) == {"label": table()["label"]}
 
 
+def test_a_tsv_whose_quotation_marks_take_in_rows_is_refused(tmp_path):
+    lines = ["text\tlabel", *("fine\t1" for _ in range(BLOCK + 3)), '"great film\t1', "bad\t0", 'nice" movie\t1']
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = open_source(str(tmp_path), "train")
+    with pytest.raises(UsageError, match=rf"row {BLOCK + 3} of .*train\.tsv holds lines that look like rows"):
+        read(source, ["text"])
+
+
 def test_lines_of_text_and_saved_data_sets_are_read_too(tmp_path):
     (tmp_path / "pool.txt").write_text("one\n\ntwo \r\nthree", encoding="utf-8")
     assert read(open_source(str(tmp_path / "pool.txt"), "train"), ["text"]) == {"text": ["one", "", "two ", "three"]}
@@ -653,6 +661,12 @@ def test_the_arguments_of_a_streamed_training_leave_its_order_to_the_stream(tmp_
     assert (changed.unlabeled_ratio, given.unlabeled_ratio) == (None, 0.5)
     assert given.accelerator_config.dispatch_batches is None
     assert "input_ids" in stream_of_rows.column_names
+    assert (changed.save_strategy, changed.save_steps) == (given.save_strategy, given.save_steps)
+    # Its only epoch ends with the training.
+    _, changed = rows.for_training(
+        helpers.make_arguments(tmp_path, unlabeled_ratio=0.5, save_strategy="epoch", max_steps=40)
+    )
+    assert (changed.save_strategy, changed.save_steps) == ("steps", 4)
 
 
 # ---- row numbers of large data sets ----

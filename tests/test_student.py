@@ -9,6 +9,7 @@ from helpers import (
     label_config,
     make_batch,
     make_student,
+    make_teacher,
     parameters_of,
     seeded,
 )
@@ -21,7 +22,7 @@ from transformers import (
 from distill_nlp import build_student
 from distill_nlp.capture import enable_attention_capture, forward_with_features
 from distill_nlp.errors import DistillError
-from distill_nlp.loading import checkpoint_print
+from distill_nlp.loading import checkpoint_print, load_classifier
 from distill_nlp.student import attention_dropout_name
 from distill_nlp.student_layers import select_layers
 
@@ -422,3 +423,15 @@ def test_a_checkpoint_is_known_by_its_content(tmp_path):
         model.save_pretrained(tmp_path)
         prints.append(checkpoint_print(str(tmp_path)))
     assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+def test_a_finished_head_answers_in_the_order_of_the_data(tmp_path, architecture):
+    make = {"bert": make_teacher, "distilbert": make_student}[architecture]
+    make(**label_config(("good", "bad"))).save_pretrained(tmp_path)
+    old, new = load_classifier(str(tmp_path)).eval(), build_student(["Bad", "Good"], model=str(tmp_path)).eval()
+    batch = {"input_ids": torch.tensor([[2, 5, 6, 3]])}
+    torch.testing.assert_close(new(**batch).logits, old(**batch).logits[:, [1, 0]])
+    # Other names say nothing of an order.
+    other = build_student(["dull", "lively"], model=str(tmp_path)).eval()
+    torch.testing.assert_close(other(**batch).logits, old(**batch).logits)

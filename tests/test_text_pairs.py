@@ -211,3 +211,8 @@ def test_the_run_says_that_its_models_read_pairs(tmp_path, answers, file, capsys
     (run / "config.json").write_text(json.dumps({"data": {"text_pair_column": None}}))
     export(folder)
     assert "built-in texts" in capsys.readouterr().err
+    # The student's own record counts: another run may have begun in its folder since.
+    kept = {"run_settings": {"data": {"text_pair_column": "hypothesis"}}}
+    (run / "student" / "seed-0" / "stage.json").write_text(json.dumps(kept))
+    export(folder)
+    assert "built-in pairs" in capsys.readouterr().err

@@ -57,8 +57,8 @@ def check_labels(
             CHECK,
             f"{teacher}: {error}",
             "its logits cannot be brought into the order of the data's classes",
-            f'give the data its names by --data.label_names "[{", ".join(theirs)}]", or train a new head on it by '
-            "--teacher.finetune always",
+            f"name the data's classes as {teacher} does, in the order of their numbers in the data: --data.label_names "
+            f'"[{", ".join(theirs)}]" if that is theirs; or train a new head on it by --teacher.finetune always',
         )
     if anonymous(data) or anonymous(theirs):
         nameless = " and ".join(who for who, names in (("the data", data), (teacher, theirs)) if anonymous(names))

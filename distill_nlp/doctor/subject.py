@@ -60,6 +60,12 @@ class Subject:
         self.device = torch.device("cpu") if on_cpu else torch.device(materials.state.device)
         self.ranks = materials.state.num_processes
 
+    @cached_property
+    def phases(self) -> list[Subject]:
+        """One for each phase of the students' training, the first of which it is itself."""
+        later = self.prints.experiment.student_trainings()[1:]
+        return [self, *(Subject(self.materials.seen_by(one), self.prints) for one in later)]
+
     # ---- texts and rows ----
 
     def columns(self, split: str) -> list[Sequence[str]]:
@@ -222,7 +228,7 @@ class Subject:
 
     def baseline_step(self) -> Step:
         """A step of the student on labels alone."""
-        return self._plain_step(self.materials.new_student(), self.experiment.training)
+        return self._plain_step(self.materials.new_student(), self.prints.experiment.training)
 
     def teacher_step(self, part: TeacherPart) -> Step:
         """A step of a teacher's own training."""

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from distill_nlp.doctor.findings import Finding
 from distill_nlp.doctor.measure import Batch, Step, StepTime, batches_by_length, time_answers, time_step
 from distill_nlp.doctor.plan import StageTime, check_time, evaluations
 from distill_nlp.doctor.subject import Subject
-from distill_nlp.stages import Fingerprint
+from distill_nlp.stages import Fingerprint, phase_folders
 from distill_nlp.training_settings import same_budget, training_arguments
 
 FORWARD_SHARE = 1 / 3
@@ -23,14 +24,23 @@ FORWARD_SHARE = 1 / 3
 
 @dataclass(frozen=True)
 class _Kind:
-    """Stages that share a step: a teacher's, the baselines', or the students'."""
+    """Stages that share a step: a teacher's, the baselines', or the students' in one phase.
+
+    Args:
+        steps: of one whole training.
+        scored: whether the report evaluates what comes of it.
+        caches: whether it reads the teachers' cached answers.
+    """
 
     name: str
     paths: dict[Path, Fingerprint]
     section: TrainingSection
     rows: int
+    steps: int
     step: Callable[[], Step]
     batch_of: Callable[[], Callable[[float, int], Batch]]
+    scored: bool = True
+    caches: bool = False
 
 
 def check_run_time(subject: Subject, stages: Sequence[str], seconds: float) -> Finding:
@@ -45,7 +55,7 @@ def check_run_time(subject: Subject, stages: Sequence[str], seconds: float) -> F
         return check_time([], "")
     start = time.perf_counter()
     materials = subject.materials
-    cached = "student" in [kind.name for kind in left] and materials.live_because is None
+    cached = any(kind.caches for kind in left)
     share = seconds / (len(left) + cached)
     found: list[StageTime] = []
     timed: list[StepTime] = []
@@ -65,8 +75,8 @@ def check_run_time(subject: Subject, stages: Sequence[str], seconds: float) -> F
         count = sum(len(part) for part in (materials.splits.train, materials.splits.unlabeled) if part is not None)
         found.append(StageTime("teacher cache", 0, count / subject.ranks * _teacher_row(subject, share)))
     if "report" in stages:
-        times = {kind.name: len(kind.paths) for kind in left}
-        scored = sum(forward[name] * times[name] for name in forward) * len(materials.splits.test)
+        of_row = sum(forward[kind.name] * len(kind.paths) for kind in left if kind.scored)
+        scored = of_row * len(materials.splits.test)
         found.append(StageTime("report", 0, scored))
     return check_time(found, _basis(subject, timed, time.perf_counter() - start))
 
@@ -94,20 +104,36 @@ def _kinds(subject: Subject, stages: Sequence[str]) -> list[_Kind]:
 
             prints = {root / part.name: subject.prints.teachers[part.index]}
             step = lambda part=part: subject.teacher_step(part)  # noqa: E731
-            kinds.append(_Kind(part.name, prints, section, len(splits.teacher_train), step, batches))
-    section = experiment.training
+            count = len(splits.teacher_train)
+            steps = _steps(subject, section, count)
+            kinds.append(_Kind(part.name, prints, section, count, steps, step, batches))
     # A pool sets the number of steps of the baseline too.
     count = len(splits.train) + (0 if splits.unlabeled is None else len(splits.unlabeled))
+    phases = subject.phases
+    steps_of = [_steps(subject, phase.experiment.training, count) for phase in phases]
 
-    def student_batches() -> Callable[[float, int], Batch]:
-        return batches_by_length(subject.step_rows, subject.collate, _grouped(section))
+    def batches_of(phase: Subject, section: TrainingSection) -> Callable[[float, int], Batch]:
+        return batches_by_length(phase.step_rows, phase.collate, _grouped(section))
 
-    made = {"baseline": subject.prints.baseline, "student": subject.prints.student}
-    steps = {"baseline": subject.baseline_step, "student": lambda: subject.student_step()[0]}
-    for name in ("baseline", "student"):
-        if name in stages:
-            prints = {root / name / f"seed-{seed}": made[name](seed) for seed in seeds}
-            kinds.append(_Kind(name, prints, section, count, steps[name], student_batches))
+    if "baseline" in stages:
+        section = subject.prints.experiment.training
+        prints = {root / "baseline" / f"seed-{seed}": subject.prints.baseline(seed) for seed in seeds}
+        batch_of = partial(batches_of, subject, section)
+        kinds.append(_Kind("baseline", prints, section, count, sum(steps_of), subject.baseline_step, batch_of))
+    if "student" in stages:
+        prints_of = {root / "student" / f"seed-{seed}": subject.prints.phases(seed) for seed in seeds}
+        for i, phase in enumerate(phases):
+            last, section = i == len(phases) - 1, phase.experiment.training
+            prints = {
+                phase_folders(final, len(phases))[i]: made[i]
+                for final, made in prints_of.items()
+                # The last phase is made of all the others, of which nothing is made any more.
+                if last or subject.steps_left(final, made[-1], 1)
+            }
+            name = "student" if len(phases) == 1 else f"student, phase {i + 1},"
+            step = lambda phase=phase: phase.student_step()[0]  # noqa: E731
+            batch_of, caches = partial(batches_of, phase, section), phase.materials.live_because is None
+            kinds.append(_Kind(name, prints, section, count, steps_of[i], step, batch_of, last, caches))
     return kinds
 
 
@@ -115,16 +141,15 @@ def _grouped(section: TrainingSection) -> bool:
     return section.train_sampling_strategy == "group_by_length"
 
 
-def _steps(subject: Subject, kind: _Kind) -> int:
+def _steps(subject: Subject, section: TrainingSection, rows: int) -> int:
     """Of one whole training."""
-    section = kind.section.model_copy(update={"unlabeled_ratio": None})
+    section = section.model_copy(update={"unlabeled_ratio": None})
     arguments = training_arguments(section, subject.root, seed=0)
-    return same_budget(section, arguments, kind.rows).max_steps
+    return same_budget(section, arguments, rows).max_steps
 
 
 def _left(subject: Subject, kind: _Kind) -> dict[Path, int]:
-    steps = _steps(subject, kind)
-    return {path: subject.steps_left(path, fingerprint, steps) for path, fingerprint in kind.paths.items()}
+    return {path: subject.steps_left(path, fingerprint, kind.steps) for path, fingerprint in kind.paths.items()}
 
 
 def _epochs(subject: Subject, kind: _Kind, steps: int) -> float:

@@ -46,7 +46,7 @@ class _Original:
 
     model: nn.Module
     tokenizer: Any
-    max_length: int
+    max_length: int | None
     texts: Texts
     rows: list[dict[str, Any]]
     logits: np.ndarray
@@ -149,6 +149,9 @@ def _texts(
 def _pair_column_of_run(model: str) -> str | None:
     """The column of second texts in the run that a model lies in; None where it has none, or there is no run."""
     folder = Path(model).expanduser().absolute()
+    # A student keeps the settings of its run; those in the run's own folder are of the last one begun there.
+    if own := (read_json(folder / STAGE_FILE) or {}).get("run_settings"):
+        return (own.get("data") or {}).get("text_pair_column")
     # A teacher lies in the run itself, students one level further down.
     for run in folder.parents[:2]:
         data = (read_json(run / CONFIG_FILE) or {}).get("data")

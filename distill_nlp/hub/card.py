@@ -229,7 +229,7 @@ def _results(facts: CardFacts) -> list[str]:
     lines = [f"This student on {facts.test_rows:,} test rows: {', '.join(map(markdown, own))}.", ""]
     lines += [
         "Teacher, the same student plainly fine-tuned (baseline), and the distilled student, on the same rows; "
-        "± is the standard deviation over seeds, intervals resample rows and seeds:",
+        "± is the standard deviation over seeds, intervals are over rows and, by Student's t, seeds:",
         "",
     ]
     header, *rows = facts.comparison

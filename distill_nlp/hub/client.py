@@ -10,11 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import get_session
 
-from distill_nlp.hub.files import HubFile
+from distill_nlp.hub.files import HubFile, left_over
 
 TRIES = 4
 _PASSING = (408, 429, 500, 502, 503, 504)
@@ -57,7 +57,8 @@ def commit(
 ) -> str:
     """Sends the files in one commit, so that the repository never holds half of them; gives the commit's address.
 
-    A further try sends again only what the Hub has not got yet: it tells that by content.
+    What an earlier push left there and this one does not send is removed by the same commit, see `left_over`. A further
+    try sends again only what the Hub has not got yet: it tells that by content.
 
     Args:
         api: with endpoint and token.
@@ -65,15 +66,19 @@ def commit(
         files: all of the commit.
         message: its first line.
         revision: branch; made where it is missing.
-        say: gets a line for each further try.
+        say: gets a line for each further try, and one on what is removed.
 
     Raises:
         HfHubHTTPError: the Hub refuses, or still fails after all tries.
     """
     if revision not in (None, "main"):
         with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), say)
+    removed: set[str] = set()
 
     def send(streams: bool) -> str:
+        # Looked up for each try: the one before may have arrived, and what is gone cannot be removed.
+        over = left_over(_names_in(api, repo_id, revision), files)
+        removed.update(over)
         with ExitStack() as stack:
             operations = [
                 CommitOperationAdd(file.name, stack.enter_context(open(file.content, "rb")))
@@ -81,6 +86,7 @@ def commit(
                 else CommitOperationAdd(file.name, file.content)
                 for file in files
             ]
+            operations += [CommitOperationDelete(name, is_folder=False) for name in over]
             return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
 
     def send_by_xet_or_lfs() -> str:
@@ -93,7 +99,21 @@ def commit(
             say(f"upload by xet failed ({_first_line(error)}); trying LFS")
             return send(streams=True)
 
-    return with_retries(send_by_xet_or_lfs, say)
+    address = with_retries(send_by_xet_or_lfs, say)
+    if removed:
+        say(
+            f"removed from {repo_id}, as left by an earlier push and not sent by this one: {', '.join(sorted(removed))}"
+        )
+    return address
+
+
+def _names_in(api: HfApi, repo_id: str, revision: str | None) -> list[str]:
+    """Of all files of a branch."""
+    try:
+        return api.list_repo_files(repo_id, revision=revision)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        # Nothing was ever committed to it; what else is wrong with it, the commit says.
+        return []
 
 
 def with_retries(call: Callable[[], Any], say: Say = lambda line: None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,11 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
 )
 _MODEL_FILES = ("config.json", WEIGHTS, INDEX, ADAPTER_CONFIG, ADAPTER, *_TOKENIZER_FILES)
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _ONNX_WEIGHTS = re.compile(r"[\w.-]+\.onnx(?:[._]data)?")
 _ONNX_FILES = ("config.json", "export.json", *_TOKENIZER_FILES)
+# Of one student alone: none of them may stay beside the weights of another.
+_REPLACED = (WEIGHTS, INDEX, ADAPTER_CONFIG, ADAPTER, *REPORTS)
 # Where a model or a tokenizer was loaded from, which Transformers may write into its own files.
 _ORIGINS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
 # These are looked through, but what looks like a path in them is an entry of the vocabulary.
@@ -74,7 +77,7 @@ def student_files(folder: Path, private: Private, prefix: str = "") -> list[HubF
 def _shards(folder: Path) -> list[str]:
     named = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     for name in named:
-        if not re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) or not (folder / name).is_file():
+        if not _SHARD.fullmatch(name) or not (folder / name).is_file():
             raise ValueError(f"{folder / INDEX} names the weights {name!r}, which are not there; save the model again")
     return named
 
@@ -92,6 +95,31 @@ def onnx_files(folder: Path, private: Private, name_there: str = "onnx") -> list
         raise ValueError(f"{folder} has no .onnx file: export the student first")
     names += [name for name in _ONNX_FILES if (folder / name).is_file()]
     return [checked(HubFile(f"{name_there}/{name}", folder / name), private) for name in names]
+
+
+def left_over(there: Collection[str], files: Sequence[HubFile]) -> list[str]:
+    """Weights, adapters, reports and exports that earlier pushes left in a repository and that this one does not send.
+
+    Beside other weights they mislead: with an `adapter_config.json` the adapter's base is loaded, and a report is on
+    another student. All else may be the user's own.
+
+    Args:
+        there: names of all files of the branch.
+        files: that are sent.
+
+    Example:
+        >>> left_over(["adapter_config.json", "notes.md"], [HubFile("model.safetensors", b"")])
+        ['adapter_config.json']
+    """
+    sent, found = {file.name for file in files}, []
+    for name in sorted(set(there) - sent):
+        folder, _, last = name.rpartition("/")
+        of_student = last in _REPLACED or _SHARD.fullmatch(last)
+        is_export = re.fullmatch(r"onnx[^/]*", folder) and f"{folder}/export.json" in there
+        of_export = is_export and (last in _ONNX_FILES or _ONNX_WEIGHTS.fullmatch(last))
+        if of_export if folder else of_student:
+            found.append(name)
+    return found
 
 
 def checked(file: HubFile, private: Private) -> HubFile:

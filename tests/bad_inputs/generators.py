@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import helpers
 import pandas as pd
 import safetensors.torch
@@ -83,6 +84,13 @@ def long_output(here: Path, path: str, size: int) -> None:
 def table(here: Path, path: str, columns: dict[str, list[Any]]) -> None:
     """Columns of a parquet file."""
     pd.DataFrame(columns).to_parquet(_file(here, path))
+
+
+def saved_classes(here: Path, path: str, names: list[str]) -> None:
+    """A saved data set with names for its classes."""
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_dict({"text": ["w5", "w6", "w7", "w8"], "label": [0, 1, 0, 1]}, features=features)
+    datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows)).save_to_disk(here / path)
 
 
 def repeated_table(here: Path, path: str, text: str, rows: int = 8, times: int = 1) -> None:
