@@ -110,7 +110,7 @@ class Pipeline:
         if self.state.is_main_process and (set(stages) != {"report"} or (self.root / CONFIG_FILE).is_file()):
             write_json(self.root / CONFIG_FILE, self.runner.run_settings)
         if "teacher" in stages and self.teachers.train() and doctor:
-            self._heed(partial(examine_teachers, self.students.view_of_answers, self.prints))
+            self._heed(self._examine_teachers)
         for seed in self.experiment.seeds:
             if "baseline" in stages:
                 self.students.baseline(seed)
@@ -152,15 +152,23 @@ class Pipeline:
         if not self.experiment.phases:
             return examine(self.materials, self.prints, stages, seconds=seconds)
         views = self.students.views
-        # What is to be typed names the phase.
-        found = [
-            replace(one, fix=one.fix.replace("--losses.", "--phases.0.losses."))
-            for one in examine(views[0], self.prints, stages, seconds=seconds)
-        ]
+        found = self._for_phase(0, examine(views[0], self.prints, stages, seconds=seconds))
         for i, materials in enumerate(views[1:], 2):
             name, objective = f"phase {i}", partial(getattr, materials, "objective")
             found += guarded(name, lambda name=name, make=objective: Finding("ok", name, make().formula()))
         return found
+
+    def _examine_teachers(self) -> list[Finding]:
+        """The answers of teachers that are trained now, as the first phase that reads them does."""
+        view = self.students.view_of_answers
+        index = next(i for i, other in enumerate(self.students.views) if other is view)
+        return self._for_phase(index, examine_teachers(view, self.prints))
+
+    def _for_phase(self, index: int, found: list[Finding]) -> list[Finding]:
+        """What is to be typed names the phase, where that has losses of its own; else it has the experiment's."""
+        if not self.experiment.phases or self.experiment.phases[index].losses is None:
+            return found
+        return [replace(one, fix=one.fix.replace("--losses.", f"--phases.{index}.losses.")) for one in found]
 
     def _examined(self, checks: Callable[[], list[Finding]]) -> list[Finding]:
         # The main rank alone: the others would only do the same work beside it.

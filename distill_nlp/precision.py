@@ -115,7 +115,7 @@ def bf16_ratio(model: nn.Module, rows: int, tokens: int, seconds: float = 1.0) -
         model.zero_grad(set_to_none=True)
         return passed
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         # The first passes allocate and choose kernels.
         for bf16 in (False, True):
             timed(1, bf16)

@@ -161,6 +161,17 @@ def test_a_seed_that_is_finished_takes_no_time(parts):
     assert "student 40 steps × 2," in said
 
 
+def test_answers_that_a_finished_student_found_in_the_cache_are_not_counted_again(parts, monkeypatch):
+    monkeypatch.setattr(timing, "time_step", lambda *_: StepTime(1.0, 2.0, 0.5, batches=3, rows=8))
+    materials, prints = parts(losses={"kl": {}})
+    assert "teacher cache" in check_run_time(Subject(materials, prints), STAGES, 1.0).what
+    student = Path(materials.experiment.output_dir) / "student"
+    write_json(student / "seed-0" / STAGE_FILE, {"fingerprint": prints.student(0)})
+    said = check_run_time(Subject(materials, prints), STAGES, 1.0).what
+    assert "student 40 steps," in said
+    assert "teacher cache" not in said
+
+
 def test_times_are_those_of_the_steps_the_evaluations_and_the_report(parts, monkeypatch):
     monkeypatch.setattr(timing, "time_step", lambda *_: StepTime(1.0, 2.0, 0.5, batches=3, rows=8))
     made = parts(training__gradient_accumulation_steps=2)
@@ -496,5 +507,7 @@ def test_a_run_gives_the_same_weights_with_and_without(parts, tmp_path):
 def test_a_row_is_repeated_to_a_length_in_all_its_columns():
     row = {"input_ids": [1, 2, 3, 4], "teacher_input_ids": [5, 6], "labels": 1}
     assert stretched(row, 6) == {"input_ids": [1, 2, 3, 4, 1, 2], "teacher_input_ids": [5, 6, 5], "labels": 1}
+    assert stretched(row, 6, {"teacher_": 2})["teacher_input_ids"] == [5, 6]
+    assert stretched(row, 6, {"teacher_": 2, "teacher_input": 9})["teacher_input_ids"] == [5, 6, 5]
     assert stretched(row, 4) == row
     assert stretched(row, 3) == row

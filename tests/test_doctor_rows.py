@@ -80,6 +80,10 @@ def test_one_text_with_two_labels_is_a_warning():
     assert "1 of 4 train rows repeat" in found.what
     assert "2 have one text and different labels" in found.what
     assert '"same"' in found.what
+    assert "--losses.ce.weight 0.1" in found.fix
+    # Without cross-entropy there is no weight to lower; typed, it would bring one in.
+    found = check_contradictions([["same", "Same", "other", "third"]], [0, 1, 0, 1], reads_labels=False)
+    assert found.fix == "settle these labels in the data"
 
 
 def test_repeated_texts_of_one_label_are_ok():

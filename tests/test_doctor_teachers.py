@@ -204,6 +204,26 @@ def test_a_good_teacher_of_a_rare_class_is_a_warning_and_no_stop():
     assert "f1_macro" in found.fix
 
 
+@pytest.mark.parametrize(("others", "found_of_them", "false_alarms"), [(0, 0, 1), (1, 0, 0), (2, 1, 0), (2, 0, 1)])
+def test_next_to_no_row_of_another_class_stops_no_teacher(others, found_of_them, false_alarms):
+    """Of 200 rows with one positive in a hundred: no test tells a good teacher from one that names one class."""
+    labels = np.zeros(200, int)
+    labels[:others] = 1
+    predicted = np.zeros(200, int)
+    predicted[:found_of_them] = 1
+    predicted[100 : 100 + false_alarms] = 1
+    found = check_teacher_accuracy(answers(predicted, 2), labels, ["no", "yes"])
+    assert found.level == "warning"
+    assert f"so few rows of other classes ({others}) cannot tell" in found.what
+
+
+def test_a_teacher_far_below_the_largest_class_is_a_stop_also_where_there_is_hardly_another():
+    labels = np.zeros(200, int)
+    labels[0] = 1
+    predicted = np.arange(200) % 2
+    assert check_teacher_accuracy(answers(predicted, 2), labels, ["no", "yes"]).level == "stop"
+
+
 def test_a_low_teacher_above_chance_is_a_warning():
     labels = labels_of(2000, 2)
     found = check_teacher_accuracy(answers(wrong_on(labels, 0.42, 2), 2), labels, ["a", "b"])

@@ -128,9 +128,19 @@ def test_a_run_says_how_long_it_will_take_and_times_less_for_it_than_the_doctor(
 def test_what_it_says_of_a_phase_can_be_typed(experiment, capsys, monkeypatch):
     stop = Finding("stop", "losses", "it cannot be", "it would fail", "--losses.kl.weight 0")
     monkeypatch.setattr("distill_nlp.pipeline.examine", lambda *_, **__: [stop])
-    for phases, expected in (([], "fix --losses.kl.weight 0"), ([{}], "fix --phases.0.losses.kl.weight 0")):
-        assert main(["doctor", str(experiment(phases=phases))]) == 2
-        assert expected in " ".join(capsys.readouterr().out.split())
+    own = {"losses": KL}
+    for phases, wanted in (
+        ([], "--losses.kl.weight"),
+        ([{}], "--losses.kl.weight"),
+        ([own, {}], "--phases.0.losses.kl.weight"),
+    ):
+        config = experiment(phases=phases)
+        assert main(["doctor", str(config)]) == 2
+        assert f"fix {wanted} 0" in " ".join(capsys.readouterr().out.split())
+        typed = load_experiment(config, {wanted.removeprefix("--"): 0}).student_trainings()[0]
+        # The other losses stay.
+        assert typed.losses["kl"].weight == 0
+        assert typed.losses["ce"].weight == 0.3
 
 
 def test_data_that_cannot_be_read_are_a_stop_with_their_message(experiment, capsys):

@@ -169,7 +169,8 @@ def _check_rows(found: _Findings, subject: Subject) -> None:
     names = subject.materials.splits.label_names
     held_out = {name: columns[name] for name in ("validation", "test")}
     found.add("duplicates", lambda: rows.check_leakage(columns["train"], held_out))
-    found.add("label noise", lambda: rows.check_contradictions(columns["train"], labels["train"]))
+    reads_labels = "ce" in subject.experiment.losses
+    found.add("label noise", lambda: rows.check_contradictions(columns["train"], labels["train"], reads_labels))
     found.add("splits", lambda: rows.check_splits_differ(columns["validation"], columns["test"]))
     check = check_class_rates if task == MULTI_LABEL else rows.check_classes
     found.add("classes", lambda: check(labels, names, metric))

@@ -67,12 +67,13 @@ def check_leakage(train: Columns, held_out: Mapping[str, Columns]) -> Finding:
     )
 
 
-def check_contradictions(train: Columns, labels: Sequence[Hashable]) -> Finding:
+def check_contradictions(train: Columns, labels: Sequence[Hashable], reads_labels: bool = True) -> Finding:
     """Rows of train with one text and different labels.
 
     Args:
         train: its columns of texts.
         labels: of each row, its class, or all of its labels as a tuple.
+        reads_labels: whether the student has a cross-entropy, whose weight can be lowered.
 
     Returns:
         A warning where at least one row in a thousand is one, else ok; with the share of rows that are repeated.
@@ -94,7 +95,8 @@ def check_contradictions(train: Columns, labels: Sequence[Hashable]) -> Finding:
         "label noise",
         f'{what}, such as "{_short(" | ".join(next(iter(torn))))}"',
         "cross-entropy pulls both ways on them; the teacher's answer is the same for both",
-        "settle these labels in the data, or trust the teacher more: --losses.ce.weight 0.1",
+        "settle these labels in the data"
+        + (", or trust the teacher more: --losses.ce.weight 0.1" if reads_labels else ""),
     )
 
 

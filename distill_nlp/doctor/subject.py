@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ class Subject:
         """One as long as training meets: the longest of the sample, repeated to the longest length."""
         longest = max(self.step_rows, key=lambda row: len(row["input_ids"]))
         lengths = [int(s.lengths.max()) for name, s in self.samples.items() if name in ("train", "unlabeled")]
-        return stretched(longest, min(max(lengths), self.experiment.data.max_length))
+        limits = {prefix: part.max_length for prefix, part in self.readers.items()}
+        return stretched(longest, min(max(lengths), self.experiment.data.max_length), limits)
 
     def longest_row_of(self, part: TeacherPart) -> dict[str, Any]:
         """The longest of a sample of a teacher's own training, which is read once."""
@@ -277,14 +278,20 @@ def cached_answers(classes: int, states: set[tuple[int, str]], config: Any) -> C
     return answer
 
 
-def stretched(row: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """An encoded row repeated to so many tokens; what other readers have of it grows alike, its labels stay."""
+def stretched(row: dict[str, Any], tokens: int, limits: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """An encoded row repeated to so many tokens; what other readers have of it grows alike, its labels stay.
+
+    Args:
+        limits: prefix of another reader's columns -> the most tokens that it reads.
+    """
     factor = tokens / len(row["input_ids"])
     if factor <= 1:
         return row
 
-    def grown(values: list) -> list:
+    def grown(name: str, values: list) -> list:
+        own = max((prefix for prefix in limits or {} if name.startswith(prefix)), key=len, default=None)
         length = round(len(values) * factor)
+        length = length if own is None else min(length, limits[own])
         return (values * (length // len(values) + 1))[:length]
 
-    return {name: grown(x) if isinstance(x, list) and name != "labels" else x for name, x in row.items()}
+    return {name: grown(name, x) if isinstance(x, list) and name != "labels" else x for name, x in row.items()}

@@ -13,6 +13,8 @@ CHECK = "teacher accuracy"
 
 # Fewer rows do not stop a run: of 50 rows in two classes, 34 right are told from chance, of 12 it takes 11.
 FEW_ROWS = 50
+# Of that few rows outside the largest class a good teacher may miss all, or there may be none in the sample.
+FEW_OTHERS = 10
 SIGNIFICANCE = 0.01
 """One-sided level of every test here: about one false alarm in a hundred teachers that are at the bar."""
 LOW = 0.3
@@ -36,7 +38,8 @@ def check_teacher_accuracy(
     """Compares the teacher's accuracy with that of always naming the largest class.
 
     Near chance is: not significantly above that (one-sided exact binomial test), and no more right answers than with
-    the labels shuffled. The second matters where one class is so large that a good teacher is hardly above it.
+    the labels shuffled. The second matters where one class is so large that a good teacher is hardly above it. Where
+    next to no row is of another class, neither tells them apart, but for a teacher clearly below the largest class.
 
     Args:
         logits: (N, C), brought into the order of `names`.
@@ -81,11 +84,15 @@ def check_teacher_accuracy(
             "order that the data mean",
         )
     if test.pvalue > SIGNIFICANCE:
-        if count < FEW_ROWS:
+        others = count - round(bar * count)
+        # Than one that misses all of them, and as many again.
+        worse = binomtest(hits, count, max(bar - FEW_OTHERS / count, 0), alternative="less").pvalue <= SIGNIFICANCE
+        if count < FEW_ROWS or (others < FEW_OTHERS and not worse):
+            few = "rows" if count < FEW_ROWS else f"rows of other classes ({others})"
             return Finding(
                 "warning",
                 CHECK,
-                f"{what}: so few rows cannot tell it from chance",
+                f"{what}: so few {few} cannot tell it from chance",
                 "a teacher that learned nothing would look the same",
                 "more validation rows: --data.validation_fraction, or another --data.validation_split",
             )

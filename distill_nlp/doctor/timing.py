@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill_nlp.config import TrainingSection
 from distill_nlp.doctor.findings import Finding
 from distill_nlp.doctor.measure import Batch, Step, StepTime, batches_by_length, time_answers, time_step
 from distill_nlp.doctor.plan import StageTime, check_time, evaluations
-from distill_nlp.doctor.subject import Subject
+from distill_nlp.doctor.subject import AUTOCAST, Subject
 from distill_nlp.stages import Fingerprint, phase_folders
 from distill_nlp.training_settings import same_budget, training_arguments
 
@@ -55,7 +57,8 @@ def check_run_time(subject: Subject, stages: Sequence[str], seconds: float) -> F
         return check_time([], "")
     start = time.perf_counter()
     materials = subject.materials
-    cached = any(kind.caches for kind in left)
+    # A student that has begun found its answers there.
+    cached = any(kind.caches and min(_left(subject, kind).values()) == kind.steps for kind in left)
     share = seconds / (len(left) + cached)
     found: list[StageTime] = []
     timed: list[StepTime] = []
@@ -64,7 +67,7 @@ def check_run_time(subject: Subject, stages: Sequence[str], seconds: float) -> F
         taken = time_step(kind.step(), kind.batch_of(), kind.section.per_device_train_batch_size, share)
         timed.append(taken)
         forward[kind.name] = taken.gradient / kind.section.per_device_train_batch_size * FORWARD_SHARE
-        evaluation = forward[kind.name] * len(materials.splits.validation)
+        evaluation = forward[kind.name] * len(materials.splits.validation) / subject.ranks
         for steps in filter(None, _left(subject, kind).values()):
             times = evaluations(
                 kind.section.eval_strategy, steps, kind.section.eval_steps, _epochs(subject, kind, steps)
@@ -163,9 +166,16 @@ def _teacher_row(subject: Subject, seconds: float) -> float:
     """Seconds that the teachers take for one row."""
     taken = 0.0
     for part in subject.materials.teachers:
-        rows = subject.encoded(subject.materials.splits.train, 16, part)
+        rows = subject.encoded(subject.materials.splits.train, 64, part)
+        # Those of the usual length: the cache is filled in batches of like lengths.
+        rows = sorted(rows, key=lambda row: len(row["input_ids"]))[len(rows) * 3 // 8 :][:16]
         collate, model = subject.collate_for(part), subject.teacher_model(part).eval()
-        own = lambda batch, model=model: model(**{k: x for k, x in batch.items() if k != "labels"})  # noqa: E731
+        autocast = AUTOCAST.get(subject.materials.mixed_precision)
+
+        def own(batch: Batch, model: Any = model, autocast: Any = autocast) -> Any:
+            with torch.autocast(subject.device.type, autocast, enabled=autocast is not None):
+                return model(**{k: x for k, x in batch.items() if k != "labels"})
+
         one = time_answers(own, collate(rows[:1]), 1, subject.device)
         count = len(rows) if one * len(rows) * 2 < seconds else max(int(seconds / one / 2), 1)
         taken += time_answers(own, collate(rows[:count]), count, subject.device)
