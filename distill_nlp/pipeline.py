@@ -103,6 +103,8 @@ class Pipeline:
             self.students.check()
         doctor = doctor and self._is_something_to_train(stages)
         if doctor:
+            # By all ranks, which tokenize in turn; the doctor is the main one's alone.
+            _ = self.students.views
             self._heed(partial(self._examine, stages, _TIMING_SECONDS_OF_A_RUN))
         # Each student keeps them too: another run may begin in this folder before the student is pushed.
         self.runner.run_settings = _settings(self.experiment)
@@ -110,7 +112,8 @@ class Pipeline:
         if self.state.is_main_process and (set(stages) != {"report"} or (self.root / CONFIG_FILE).is_file()):
             write_json(self.root / CONFIG_FILE, self.runner.run_settings)
         if "teacher" in stages and self.teachers.train() and doctor:
-            self._heed(self._examine_teachers)
+            # All ranks make the views together.
+            self._heed(partial(self._examine_teachers, self.students.view_of_answers))
         for seed in self.experiment.seeds:
             if "baseline" in stages:
                 self.students.baseline(seed)
@@ -145,6 +148,7 @@ class Pipeline:
         with suppress(DistillError):
             _ = self.materials.splits
             self.settle()
+            _ = self.students.views
         return self._examined(self._examine)
 
     def _examine(self, stages: Sequence[str] = STAGES, seconds: float = TIMING_SECONDS) -> list[Finding]:
@@ -158,9 +162,8 @@ class Pipeline:
             found += guarded(name, lambda name=name, make=objective: Finding("ok", name, make().formula()))
         return found
 
-    def _examine_teachers(self) -> list[Finding]:
-        """The answers of teachers that are trained now, as the first phase that reads them does."""
-        view = self.students.view_of_answers
+    def _examine_teachers(self, view: Materials) -> list[Finding]:
+        """The answers of teachers that are trained now, as the phase that has this view reads them."""
         index = next(i for i, other in enumerate(self.students.views) if other is view)
         return self._for_phase(index, examine_teachers(view, self.prints))
 

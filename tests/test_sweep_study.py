@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
 import pytest
+from helpers import limited
 from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 
@@ -192,22 +192,6 @@ def test_half_a_line_that_a_crash_left_is_dropped(open_study, tmp_path):
     assert open_study().finished == 3
 
 
-@contextmanager
-def within(seconds):
-    """A test that would otherwise go on for good fails."""
-
-    def stop(*_):
-        pytest.fail(f"not done in {seconds} s")
-
-    earlier = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, earlier)
-
-
 @pytest.mark.filterwarnings("ignore:The value of `grace_period`")
 def test_a_worker_that_died_in_a_write_holds_up_the_next_one_for_a_while_only(open_study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -220,7 +204,7 @@ def test_a_worker_that_died_in_a_write_holds_up_the_next_one_for_a_while_only(op
 
     in_a_process_that_dies(die_in_a_write)
     assert os.path.lexists(f"relative/{JOURNAL}.lock")
-    with within(20):
+    with limited(20):
         assert len(run_all(open_study(output_dir="relative"))) == 4
 
 
@@ -230,7 +214,7 @@ def test_a_lock_that_an_earlier_version_left_is_removed(open_study, tmp_path, mo
     root = Path(folder) if folder == "relative" else tmp_path / folder
     run_all(open_study(output_dir=str(root), trials=1))
     JournalFileSymlinkLock(str(root / JOURNAL)).acquire()
-    with within(20):
+    with limited(20):
         assert len(run_all(open_study(output_dir=str(root)))) == 3
     assert not os.path.lexists(root / f"{JOURNAL}.lock")
 

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -129,7 +128,7 @@ def run(case: Case, here: Path, models: Path) -> Outcome:
     with _captured() as written:
         os.chdir(here)
         try:
-            with _limited(LIMIT):
+            with helpers.limited(LIMIT, Hang):
                 exit_code = main(words)
         except SystemExit as stop:
             # argparse's own way to refuse.
@@ -186,20 +185,6 @@ def _contents(folder: Path) -> dict[str, Any]:
         status = path.lstat()
         found[str(path.relative_to(folder))] = (status.st_mode, path.is_file() and (status.st_size, status.st_mtime_ns))
     return found
-
-
-@contextmanager
-def _limited(seconds: int) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise Hang
-
-    earlier = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, earlier)
 
 
 @contextmanager
