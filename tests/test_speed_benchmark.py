@@ -22,6 +22,7 @@ import yaml
 from distill_nlp import DistillationTrainer
 from distill_nlp.capture import ATTENTION_NAME
 from distill_nlp.cli import main
+from distill_nlp.durable_files import write_json
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "speed"
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
@@ -307,8 +308,7 @@ def test_a_round_starts_with_another_variant_and_ratios_are_of_one_round():
         ),
         (
             [
-                "--idle",
-                "--stages",
+                "--compile",
                 "--data",
                 "/home/a",
                 "--teacher=/home/b",
@@ -317,7 +317,7 @@ def test_a_round_starts_with_another_variant_and_ratios_are_of_one_round():
                 "/home/c",
             ],
             "whole",
-            "--parts whole --idle --stages --data DATA --teacher CHECKPOINT --work DIR",
+            "--parts whole --compile --data DATA --teacher CHECKPOINT --work DIR",
         ),
         (["--settings", "--training.bf16 true"], "whole", "--parts whole --settings '--training.bf16 true'"),
         (["--compile", "--rounds", "2"], "levers", "--parts levers --compile --rounds 2"),
@@ -422,33 +422,26 @@ def runs(experiment, tmp_path, monkeypatch, no_doctor):
             commands.append(command)
             if command[1] == "-m":
                 assert main(command[3:]) == 0
+            elif command[1].endswith("idle.py"):
+                write_json(command[2], idle.pieces_of(command[3:]))
             else:
                 plain.main(command[2:])
             seconds.append((10.0 + len(commands), 1.0))
         return seconds
 
-    for module, name, value in (
-        (whole, "RECIPE", recipe),
-        (whole, "timed_in_turns", timed),
-        (whole, "in_a_process_of_its_own", lambda function, *arguments: function(*arguments)),
-    ):
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(whole, "RECIPE", recipe)
+    monkeypatch.setattr(whole, "timed_in_turns", timed)
     places = {"data": tmp_path / "data", "teacher": tmp_path / "backbone", "work": tmp_path / "work"}
 
     def options(**changes):
-        return argparse.Namespace(
-            **places
-            | {"seeds": [0], "epochs": 1.0, "longest": 16, "settings": "", "stages": False, "idle": False}
-            | changes
-        )
+        return argparse.Namespace(**places | {"seeds": [0], "epochs": 1.0, "longest": 16, "settings": ""} | changes)
 
     options.commands = commands
     return options
 
 
-def test_whole_runs_are_timed_once_with_accuracy_and_idle_share(runs, tmp_path):
-    step = DistillationTrainer.training_step
-    (title, both), (_, stages), (_, busy) = whole.tables(runs(stages=True, idle=True))
+def test_whole_runs_are_timed_once_with_accuracy(runs, tmp_path):
+    ((title, both),) = whole.tables(runs())
     assert "40 train, 12 validation, 16 test" in title
     # The teacher took 11 s, then came the plain way, 12 s, and ours.
     assert both[whole.PLAIN]["seconds"] == 12
@@ -456,27 +449,40 @@ def test_whole_runs_are_timed_once_with_accuracy_and_idle_share(runs, tmp_path):
     accuracies = [figures["accuracy"] for figures in both.values()]
     assert [len(found) for found in accuracies] == [1, 1, 1]
     assert all(0 <= found[0] <= 1 and found[0] * 16 == int(found[0] * 16) for found in accuracies)
-    seconds = {name: figures["seconds"] for name, figures in stages.items()}
-    assert seconds == {"teacher, for both": 11, "student": 13, "baseline": 14, "report": 15}
-    run_folder = tmp_path / "work" / "seed-0" / "run"
-    assert (run_folder / "report.md").is_file()
-
-    parts = [busy[name]["seconds"] for name in (*idle.WORK, idle.IDLE)]
-    assert all(value > 0 for value in parts)
-    assert sum(parts) == pytest.approx(busy[idle.STAGE]["seconds"])
-    assert busy[idle.STAGE]["share"] == 1
-    assert "share" not in busy[idle.BEFORE]
-    assert DistillationTrainer.training_step is step
-    assert "| forward and backward |" in measuring.table("", busy)
 
     # Again: what is finished is not done again. With another setting both students are, and the teacher is not.
     count = len(runs.commands)
     ((_, again),) = whole.tables(runs())
-    assert len(runs.commands) == count == 5
+    assert len(runs.commands) == count == 3
     assert again[whole.OURS]["seconds"] == 13
     next(iter(whole.tables(runs(settings="--training.bf16 true"))))
-    assert len(runs.commands) == 7
+    assert len(runs.commands) == 5
     assert runs.commands[-1][-2:] == ["--training.bf16", "true"]
+
+
+def test_stages_of_a_run_are_timed_with_the_pieces_of_its_student(runs, tmp_path):
+    step = DistillationTrainer.training_step
+    (title, stages), (_, busy) = whole.stage_tables(runs())
+    assert "40 train, 12 validation, 16 test" in title
+    seconds = {name: figures["seconds"] for name, figures in stages.items()}
+    assert seconds == {"teacher": 11, "student": 12, "baseline": 13, "report": 14}
+    assert (tmp_path / "work" / "stages" / "run" / "report.md").is_file()
+
+    pieces = [busy[name]["seconds"] for name in (*idle.WORK, idle.IDLE)]
+    assert all(value > 0 for value in pieces)
+    assert sum(pieces) == pytest.approx(busy[idle.STAGE]["seconds"])
+    assert busy[idle.STAGE]["share"] == 1
+    # The process is timed from outside.
+    assert busy[idle.PROCESS] == {"seconds": 12, "share_of_process": 1}
+    assert busy[idle.AROUND]["seconds"] == pytest.approx(12 - busy[idle.STAGE]["seconds"])
+    assert busy[idle.AROUND]["share_of_process"] == pytest.approx(busy[idle.AROUND]["seconds"] / 12)
+    assert "share" not in busy[idle.AROUND]
+    assert DistillationTrainer.training_step is step
+    assert "| forward and backward |" in measuring.table("", busy)
+
+    # Again: what is finished is not done again.
+    assert list(whole.stage_tables(runs()))[1][1] == busy
+    assert len(runs.commands) == 4
 
 
 def test_both_ways_start_from_the_same_weights(runs, monkeypatch):
@@ -559,11 +565,11 @@ def test_only_the_outermost_piece_inside_the_stage_counts():
 def test_an_idle_share_of_a_run_that_failed_or_trained_nothing_is_none(runs, tmp_path):
     found = whole.WholeRuns(runs())
     with pytest.raises(SystemExit, match="ended with code 2 or trained no student"):
-        idle.shares(["run", str(tmp_path / "nothing.yaml")])
+        idle.pieces_of(["run", str(tmp_path / "nothing.yaml")])
     found.make_teacher()
     # The teacher is there: nothing is done.
     with pytest.raises(SystemExit, match="ended with code 0 or trained no student"):
-        idle.shares(runs.commands[0][3:])
+        idle.pieces_of(runs.commands[0][3:])
 
 
 @pytest.mark.parametrize(
@@ -674,7 +680,7 @@ def test_the_page_has_a_block_for_each_part_that_was_measured():
     ("words", "said"),
     [
         (["--parts", "steps,nonsense"], "unknown: nonsense; there are steps, "),
-        (["--parts", "whole", "--data", "x"], "the part whole needs --data, --teacher and --work"),
+        (["--parts", "whole", "--data", "x"], "the parts whole and stages need --data, --teacher and --work"),
         (["--parts", "whole", "--seeds", "a"], "invalid"),
     ],
 )

@@ -1,5 +1,7 @@
 """What a distilled student's stage spends its time on, by wrapping what computes in it.
 
+    python benchmarks/speed/idle.py FILE run CONFIG ...     # as `distill-nlp run CONFIG ...`; its seconds go to FILE
+
 Counted as work: the Trainer's `training_step` (teacher where it is live, student forward and backward, and bringing
 the batch to the device), clipping and the optimizer's step, each whole `evaluate`, and the teacher's forward passes
 that fill its cache. All else in the stage is idle: making and padding batches, logs and callbacks, keys and shards of
@@ -9,6 +11,7 @@ is then an upper bound.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,15 +22,16 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from loops import wait_for
-from measuring import Figures
+from measuring import Figures, wait_for
 
 from distill_nlp import DistillationTrainer, cli, inference
+from distill_nlp.durable_files import write_json
 from distill_nlp.student_stages import StudentStages
 
 FORWARD, STEP = "forward and backward", "clipping and optimizer"
 EVALUATION, TEACHER = "evaluation", "teacher, for the cache"
-IDLE, STAGE, BEFORE = "all else in the stage: idle", "the stage", "before it: imports, data, doctor"
+IDLE, STAGE = "all else in the stage: idle", "the stage"
+AROUND, PROCESS = "around it: start and end, imports, data, doctor", "the process"
 WORK = {
     FORWARD: [(DistillationTrainer, "training_step")],
     STEP: [(Accelerator, "clip_grad_norm_"), (AcceleratedOptimizer, "step")],
@@ -70,8 +74,8 @@ class Stopwatch:
             self._depth -= 1
 
 
-def shares(arguments: Sequence[str]) -> dict[str, Figures]:
-    """Runs `distill-nlp` with these arguments, which train students, and gives the seconds and shares of their stages.
+def pieces_of(arguments: Sequence[str]) -> dict[str, float]:
+    """Runs `distill-nlp` with these arguments, which train students, and gives the seconds of their stages' pieces.
 
     Args:
         arguments: of the command.
@@ -79,23 +83,34 @@ def shares(arguments: Sequence[str]) -> dict[str, Figures]:
     Raises:
         SystemExit: the command failed, or trained no student.
     """
-    watch, start = Stopwatch(), time.perf_counter()
+    watch = Stopwatch()
     with ExitStack() as patches:
         for name, places in {**WORK, STAGE: [(StudentStages, "student")]}.items():
             for owner, attribute in places:
                 wrapper = watch.around(name, getattr(owner, attribute))
                 patches.enter_context(mock.patch.object(owner, attribute, wrapper))
         code = cli.main(arguments)
-    whole = time.perf_counter() - start
     if code or not watch.seconds[FORWARD]:
         raise SystemExit(f"no idle share: distill-nlp {arguments[0]} ended with code {code} or trained no student")
-    return figures(watch.seconds, whole)
+    return watch.seconds
 
 
 def figures(seconds: dict[str, float], whole: float) -> dict[str, Figures]:
-    """The pieces of the stage, what is left of it, and what the process did besides."""
+    """The pieces of the stage, what is left of it, and what the process does besides.
+
+    Args:
+        seconds: as of `pieces_of`.
+        whole: of the process, from its start to its end.
+    """
     stage = seconds[STAGE]
     pieces = {name: seconds[name] for name in WORK}
-    pieces |= {IDLE: stage - sum(pieces.values()), STAGE: stage}
-    found: dict[str, Figures] = {name: {"seconds": value, "share": value / stage} for name, value in pieces.items()}
-    return found | {BEFORE: {"seconds": whole - stage}}
+    pieces |= {IDLE: stage - sum(pieces.values()), STAGE: stage, AROUND: whole - stage, PROCESS: whole}
+    found: dict[str, Figures] = {}
+    for name, value in pieces.items():
+        of_stage = {} if name in (AROUND, PROCESS) else {"share": value / stage}
+        found[name] = {"seconds": value, "share_of_process": value / whole} | of_stage
+    return found
+
+
+if __name__ == "__main__":
+    write_json(sys.argv[1], pieces_of(sys.argv[2:]))

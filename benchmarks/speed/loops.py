@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from measuring import Pass, Seconds
+from measuring import Pass, Seconds, wait_for
 from plain import TEMPERATURE, PlainDistiller, divergence
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from workloads import Pair, batches_of, padder
@@ -29,12 +29,6 @@ from distill_nlp import (
 from distill_nlp.capture import enable_quick_attention
 
 LEARNING_RATE = 1e-5
-
-
-def wait_for(device: torch.device) -> None:
-    """Work that was given to an accelerator counts when it is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 class Clock:

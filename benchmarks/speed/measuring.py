@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 Seconds = tuple[float, float]
@@ -22,6 +23,7 @@ Figures = dict[str, Any]
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seconds": ("seconds", "{:.2f}".format),
     "share": ("share of the stage", "{:.1%}".format),
+    "share_of_process": ("of the process", "{:.1%}".format),
     "ratio": ("time ×", "{:.2f}".format),
     "range": ("range", lambda ends: f"{ends[0]:.2f} … {ends[1]:.2f}"),
     "cpu_ratio": ("CPU time ×", "{:.2f}".format),
@@ -33,6 +35,12 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "utilisation": ("utilisation", "{:.2f}".format),
     "peak_gib": ("peak GiB", "{:,.2f}".format),
 }
+
+
+def wait_for(device: torch.device) -> None:
+    """Work that was given to an accelerator counts when it is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def measured(passes: Mapping[str, Pass], rounds: int) -> dict[str, Figures]:

@@ -6,13 +6,14 @@
     python benchmarks/speed/run.py --parts limits                   # the products of a step alone: what is left to win
     python benchmarks/speed/run.py --parts short                    # short rows in bf16 on a CPU
     python benchmarks/speed/run.py --parts whole --data DATA --teacher CHECKPOINT --work DIR --seeds 0,1,2
+    python benchmarks/speed/run.py --parts stages --data DATA --teacher CHECKPOINT --work DIR    # and its idle share
     python benchmarks/speed/run.py --parts accelerator --models base --rows 3200    # a GPU's tokens per second
     python benchmarks/speed/run.py ... --write      # puts the tables of these parts into benchmarks/SPEED.md
 
 All variants of a part train over the same rows in turn, round after round, in an order that moves on by one each round;
 each time is divided by that of the part's first variant in the same round. Shown are the median of these ratios and
 their range. The first pass of each is not counted. Weights and tokens are random, but for those of `whole`, where a
-round is a seed.
+round is a seed, and of `stages`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from workloads import MODELS, Pair, batches_of, fixed_rows, imdb_rows, machine, 
 from distill_nlp.durable_files import write_json
 
 PAGE = Path(__file__).resolve().parents[1] / "SPEED.md"
-FLAGS = ("--compile", "--stages", "--idle")
+FLAGS = ("--compile",)
 # Fused AdamW, as the Trainer's own default is.
 STEPS = {
     "bare loop, teacher live": Bare(attention_dropout=0.0, fused=True),
@@ -99,7 +100,7 @@ def _arguments() -> argparse.Namespace:
     capture = parser.add_argument_group("the part capture")
     capture.add_argument("--tokens", type=_numbers, default="128,256,512", help="of a row [128,256,512]")
     capture.add_argument("--maps", choices=("mse", "kl"), default="mse", help="how attention maps are compared [mse]")
-    runs = parser.add_argument_group("the part whole")
+    runs = parser.add_argument_group("the parts whole and stages")
     runs.add_argument("--data", metavar="DIR", help="train, validation and test of text and label, as imdb-small")
     runs.add_argument("--teacher", metavar="DIR", help="BERT checkpoint that teacher and student are made from")
     runs.add_argument("--work", metavar="DIR", help="folder for the runs; what is finished there is not done again")
@@ -108,11 +109,9 @@ def _arguments() -> argparse.Namespace:
     runs.add_argument(
         "--settings", default="", help="of distill-nlp run, for students: '--student.attention_dropout 0'"
     )
-    runs.add_argument("--stages", action="store_true", help="the first seed's baseline and report as well")
-    runs.add_argument("--idle", action="store_true", help="another run: what the student's stage is busy with")
     options = parser.parse_args()
-    if "whole" in options.parts and None in (options.data, options.teacher, options.work):
-        parser.error("the part whole needs --data, --teacher and --work")
+    if {"whole", "stages"} & {*options.parts} and None in (options.data, options.teacher, options.work):
+        parser.error("the parts whole and stages need --data, --teacher and --work")
     return options
 
 
@@ -187,6 +186,7 @@ PART = {
     "limits": products,
     "short": lambda pair, options: short.tables(pair, options.rows, options.short, options.rounds),
     "whole": lambda pair, options: whole.tables(options),
+    "stages": lambda pair, options: whole.stage_tables(options),
     "start": lambda pair, options: starting.tables(pair, options.texts, options.rounds),
     "accelerator": lambda pair, options: accelerator.tables(pair, options.rows, options.shapes, options.rounds),
 }

@@ -9,20 +9,18 @@ process one of data sets, so that nothing is found ready but the fine-tuned teac
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from datasets import load_dataset
-from idle import shares
-from measuring import Figures, Seconds, compared, in_a_process_of_its_own
+from idle import figures
+from measuring import Figures, Seconds, compared
 from plain import half_of
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from turns import timed_in_turns
@@ -38,13 +36,13 @@ SPLITS = ("train", "validation", "test")
 
 
 def tables(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Figures]]]:
-    """Both ways over the seeds; and, where asked for, the stages of the first seed and what its student is busy with.
+    """Both ways over the seeds.
 
     Args:
-        options: see `WholeRuns`; `stages` and `idle`.
+        options: see `WholeRuns`.
     """
     runs, found = WholeRuns(options), {PLAIN: [], OURS: []}
-    teacher = runs.make_teacher()
+    runs.make_teacher()
     for i, seed in enumerate(options.seeds):
         for name, seconds in runs.both(seed, ours_first=bool(i % 2)).items():
             found[name].append(seconds)
@@ -54,13 +52,17 @@ def tables(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Figures
     figures["teacher"] = {"accuracy": [runs.accuracy(runs.teacher)]}
     yield f"{options.epochs:g} epochs on {runs.title}", figures
 
-    seed = options.seeds[0]
-    if options.stages:
-        stages = {"teacher, for both": teacher, "student": found[OURS][0]}
-        stages |= {stage: runs.after_student(seed, stage) for stage in ("baseline", "report")}
-        yield f"stages of distill-nlp run, seed {seed}", {name: {"seconds": wall} for name, (wall, _) in stages.items()}
-    if options.idle:
-        yield f"the student's stage of a run of its own, seed {seed}", runs.idle()
+
+def stage_tables(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Figures]]]:
+    """The stages of one run, each a process of its own, and what the student's is busy with.
+
+    Args:
+        options: see `WholeRuns`; the first of its seeds is run.
+    """
+    runs = WholeRuns(options)
+    stages, pieces = runs.stages()
+    yield f"stages of distill-nlp run, {options.epochs:g} epochs on {runs.title}", stages
+    yield "the student's process", pieces
 
 
 class WholeRuns:
@@ -142,22 +144,21 @@ class WholeRuns:
         names = list(ways)[:: -1 if ours_first else 1]
         return dict(zip(names, self._once(*(ways[name] for name in names)), strict=True))
 
-    def after_student(self, seed: int, stage: str) -> Seconds:
-        """A further stage of the seed's run, "baseline" or "report", which a user gets besides."""
-        run = self._run(seed)
-        command = _distill(run, seed, stage, [*self.settings, *self.more])
-        return self._once((f"seed-{seed}/{stage}", command, lambda: _emptied(run / stage)))[0]
-
-    def idle(self) -> dict[str, Figures]:
-        """Where the time of the first seed's student goes, in a run of its own."""
-        run = self.work / "idle"
-        self._prepare(run)
-        command = _distill(run, self.seeds[0], "student", [*self.settings, *self.more])
-        # Before PyTorch is loaded: too late for the command to do it, as it does in its own process.
-        with tempfile.TemporaryDirectory() as datasets:
-            environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"HF_DATASETS_CACHE": datasets}
-            with mock.patch.dict(os.environ, environment):
-                return in_a_process_of_its_own(shares, command[3:])
+    def stages(self) -> tuple[dict[str, Figures], dict[str, Figures]]:
+        """Seconds of each stage of a run with the first seed, and those of the pieces of its student's process."""
+        seed, run = self.seeds[0], self.work / "stages" / "run"
+        # Outside the run's folder, which is emptied first.
+        path = self.work / "stages" / "pieces.json"
+        seconds = {"teacher": self.make_teacher()[0]}
+        for stage in ("student", "baseline", "report"):
+            command = _distill(run, seed, stage, [*self.settings, *self.more])
+            if stage == "student":
+                command = [sys.executable, str(Path(__file__).with_name("idle.py")), str(path), *command[3:]]
+            prepare = partial(self._prepare, run) if stage == "student" else partial(_emptied, run / stage)
+            seconds[stage] = self._once((f"stages/{stage}", command, prepare))[0][0]
+        return {name: {"seconds": value} for name, value in seconds.items()}, figures(
+            read_json(path), seconds["student"]
+        )
 
     def accuracy(self, folder: Path) -> float:
         """Of the checkpoint there, on the test rows."""
