@@ -11,9 +11,10 @@ from transformers import TrainingArguments
 
 @dataclass
 class DistillationArguments(TrainingArguments):
-    """`TrainingArguments` with a few arguments more and three defaults changed.
+    """`TrainingArguments` with a few arguments more and four defaults changed.
 
-    Changed: `logging_nan_inf_filter` is False (the filter hides a loss that went NaN, and waits for the device at each
+    Changed: on a GPU, pinned batches are copied without waiting (`non_blocking` of `accelerator_config`);
+    `logging_nan_inf_filter` is False (the filter hides a loss that went NaN, and waits for the device at each
     step); `ddp_find_unused_parameters` is False (a loss of weight 0 has no parameters here, so none is unused);
     `report_to` is "none" unless given.
 
@@ -106,7 +107,11 @@ class DistillationArguments(TrainingArguments):
         if self.early_stopping_patience is not None:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
             self.restore_callback_states_from_checkpoint = True
+        copies = self.accelerator_config
         super().__post_init__()
+        if copies is None or (isinstance(copies, dict) and "non_blocking" not in copies):
+            # From pinned memory a GPU gets its batches while it computes.
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory and self.device.type == "cuda"
         if not 0 < self.projection_learning_rate_factor < float("inf"):
             raise ValueError(f"projection_learning_rate_factor must be > 0, got {self.projection_learning_rate_factor}")
         if self.projection_weight_decay is not None and not 0 <= self.projection_weight_decay < float("inf"):
@@ -154,6 +159,19 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}")
         if self.eval_strategy == "no":
             raise ValueError("early_stopping_patience needs evaluations: set eval_strategy to epoch or steps")
+
+
+def refuse_data_parallel(args: TrainingArguments) -> None:
+    """Refuses several GPUs in one process.
+
+    Raises:
+        ValueError: there are, and what to do.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would be DataParallel, which cannot split the teacher's features; "
+            "start with `accelerate launch`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def setting_of(args: TrainingArguments, name: str) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from distill_nlp.config import SYNTHETIC, DataSection
 from distill_nlp.data_files import load_split, unlabeled_folder
@@ -304,9 +305,15 @@ def _without_held_out(raw: Any, held_out: Sequence[Any], notes: list[str], name:
     return raw.select(keep)
 
 
+# Data sets do not change; a run asks for the same one a dozen times.
+_HASHES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
 def content_hash(dataset: Any) -> str:
     """A hash of the rows themselves: the same whatever file they came from."""
-    digest = hashlib.sha256()
-    for batch in dataset.iter(batch_size=1000):
-        digest.update(json.dumps(batch, ensure_ascii=False, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
+    if dataset not in _HASHES:
+        digest = hashlib.sha256()
+        for batch in dataset.iter(batch_size=1000):
+            digest.update(json.dumps(batch, ensure_ascii=False, sort_keys=True, default=str).encode())
+        _HASHES[dataset] = digest.hexdigest()[:16]
+    return _HASHES[dataset]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -115,17 +116,19 @@ def _load(kind: Any, name: str, revision: str | None, head_may_be_new: bool, **s
     with _one_line(name):
         if (folder := Path(name).expanduser()).is_dir():
             check_has_safetensors(folder)
-        # Without dtype, Transformers 5 takes the checkpoint's: a float16 file would be trained in float16.
-        model, found = kind.from_pretrained(
-            name,
-            revision=revision,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,
-            trust_remote_code=_trusts_code.get(),
-            output_loading_info=True,
-            **settings,
-        )
+        # Else, under FSDP, the other ranks' weights would stay empty until training, and look as if they were missing.
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            # Without dtype, Transformers 5 takes the checkpoint's: a float16 file would be trained in float16.
+            model, found = kind.from_pretrained(
+                name,
+                revision=revision,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                trust_remote_code=_trusts_code.get(),
+                output_loading_info=True,
+                **settings,
+            )
         check_weights(model, found, head_may_be_new)
         return model
 

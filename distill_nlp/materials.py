@@ -143,12 +143,8 @@ class Materials:
             "max_length": max_length,
             "truncation_side": self.experiment.data.truncation_side,
             "label_names": self.label_names,
-            "validation": self._validation_hash,
+            "validation": content_hash(self.splits.validation),
         }
-
-    @cached_property
-    def _validation_hash(self) -> str:
-        return content_hash(self.splits.validation)
 
     @cached_property
     def _needs_token_type_ids(self) -> bool:

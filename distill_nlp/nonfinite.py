@@ -93,12 +93,12 @@ class FiniteCheck:
     def add_norm(self, step: int, norm: Any, optimizer: Any) -> None:
         """Takes in the norm of a step's gradient, before the optimizer's step, which then may be left out.
 
-        Where a loss scale is at work, a gradient that is not finite is its own affair.
+        Where a loss scale is at work, it leaves out by itself the step of a gradient that is not finite.
         """
-        if self._scaler is not None or not isinstance(norm, torch.Tensor):
+        if not isinstance(norm, torch.Tensor):
             return
         self._norms.append((step, norm.detach().float()))
-        if self._policy == "skip":
+        if self._policy == "skip" and self._scaler is None:
             self._hold(optimizer, norm)
 
     def _hold(self, optimizer: Any, norm: torch.Tensor) -> None:
@@ -112,24 +112,6 @@ class FiniteCheck:
     def take(self, value: torch.Tensor) -> torch.Tensor:
         """A number for the log, which one that is not finite would spoil for good."""
         return torch.where(torch.isfinite(value), value, torch.zeros_like(value)) if self._policy == "skip" else value
-
-    def count_overflow(self) -> None:
-        """After an optimizer's step: whether the loss scaler left it out.
-
-        Raises:
-            NonFiniteError: so often in a row that the scale is not the cause.
-        """
-        if self._scaler is None:
-            return
-        left_out = bool(self._accelerator.optimizer_step_was_skipped)
-        self.overflows += left_out
-        self._in_a_row = self._in_a_row + 1 if left_out else 0
-        if self._in_a_row >= _OVERFLOWS_IN_A_ROW:
-            raise NonFiniteError(
-                f"the gradient was not finite in {self._in_a_row} steps in a row, at a loss scale of "
-                f"{self._scaler.get_scale():g}: it is not float16's range; lower learning_rate or the losses' "
-                "weights, or train in bf16"
-            )
 
     @property
     def is_full(self) -> bool:
@@ -157,7 +139,9 @@ class FiniteCheck:
         if several:
             bad = self._accelerator.reduce(bad, reduction="sum")
         if not bad.item():
+            self._in_a_row = 0 if norms else self._in_a_row
             return
+        norms = self._count_overflows(norms)
         found = _found(batches, norms)
         if several:
             # A dict for each rank; the first step at fault is the same place for all of them.
@@ -166,6 +150,28 @@ class FiniteCheck:
         else:
             messages = {step: self._words(step, what) for step, what in found.items()}
         self._judge(dict(sorted(messages.items())))
+
+    def _count_overflows(self, norms: list[tuple[int, torch.Tensor]]) -> list[tuple[int, torch.Tensor]]:
+        """Counts the steps that a loss scale has left out, and gives the norms that are left to judge: none then.
+
+        By the norms, which are those of all ranks: whether a fused optimizer left out a step, accelerate cannot say.
+
+        Raises:
+            NonFiniteError: so often in a row that the scale is not the cause.
+        """
+        if self._scaler is None:
+            return norms
+        for _, norm in norms:
+            left_out = not math.isfinite(norm.item())
+            self.overflows += left_out
+            self._in_a_row = self._in_a_row + 1 if left_out else 0
+            if self._in_a_row >= _OVERFLOWS_IN_A_ROW:
+                raise NonFiniteError(
+                    f"the gradient was not finite in {self._in_a_row} steps in a row, at a loss scale of "
+                    f"{self._scaler.get_scale():g}: it is not float16's range; lower learning_rate or the losses' "
+                    "weights, or train in bf16"
+                )
+        return []
 
     def _judge(self, messages: dict[int, str]) -> None:
         for message in messages.values():

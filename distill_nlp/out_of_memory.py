@@ -11,12 +11,17 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from distill_nlp.errors import DistillError
 
+# Where memory is taken outside of PyTorch's allocator; accelerate does not know them.
+_OTHER_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or PyTorch on the CPU, had too little memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, Exception) and should_reduce_batch_size(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _OTHER_WORDS):
+        return True
+    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
 @contextmanager

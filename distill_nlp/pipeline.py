@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from distill_nlp.arguments import refuse_data_parallel
 from distill_nlp.config import CONFIG_FILE, STAGES, SYNTHETIC, TRAIN_TOKENIZER, Experiment
 from distill_nlp.config_training import TrainingSection
 from distill_nlp.doctor import TIMING_SECONDS, Finding, compact_lines, examine, examine_teachers, guarded
@@ -32,8 +34,14 @@ from distill_nlp.teacher_stages import TeacherStages
 from distill_nlp.trackers import check_trackers
 from distill_nlp.training_settings import training_arguments
 
+_SECONDS_OF_PATIENCE = 2 * 60 * 60
 _TIMING_SECONDS_OF_A_RUN = TIMING_SECONDS / 3
 """Whoever asks the doctor wants the estimate, whoever runs wants the run."""
+
+
+def _patience(training: TrainingSection) -> timedelta:
+    """How long ranks wait for one another: by PyTorch's own measure NCCL gives up while one of them tokenizes."""
+    return timedelta(seconds=(training.model_extra or {}).get("ddp_timeout", _SECONDS_OF_PATIENCE))
 
 
 class Pipeline:
@@ -57,7 +65,7 @@ class Pipeline:
             if folder is not None:
                 check_can_be_made(Path(folder).expanduser(), setting)
         check_no_way_out(self.root)
-        self.state = PartialState(cpu=experiment.training.use_cpu)
+        self.state = PartialState(cpu=experiment.training.use_cpu, timeout=_patience(experiment.training))
         self.materials = Materials(experiment)
         self.prints = Fingerprints(experiment, self.materials)
         self.runner = StageRunner(experiment, self.materials, say)
@@ -80,9 +88,10 @@ class Pipeline:
             except (ValueError, TypeError, ImportError) as error:
                 raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
 
-    def _check_trackers(self) -> None:
-        """Of runs that train: a report can be made, and a cache filled, where there is no tracker."""
+    def _check_can_train(self) -> None:
+        """A report can be made, and a cache filled, where there is no tracker, and on one of several GPUs."""
         self._check_trainings(lambda section: check_trackers(section.report_to))
+        self._check_trainings(lambda section: refuse_data_parallel(training_arguments(section, self.root, seed=0)))
 
     def run(self, stages: Sequence[str] = STAGES, doctor: bool = True) -> dict[str, Any] | None:
         """Runs the stages named, in their order; gives the report, if it is among them, on the main rank.
@@ -96,7 +105,7 @@ class Pipeline:
         """
         trains = bool({"teacher", "baseline", "student"} & set(stages))
         if trains:
-            self._check_trackers()
+            self._check_can_train()
         self._check_materials()
         self.settle(measure=trains)
         if "baseline" in stages or "student" in stages:
@@ -134,7 +143,7 @@ class Pipeline:
             UsageError: data, models and settings do not fit each other.
             DistillError: the device has too little memory, or a loss is not finite.
         """
-        self._check_trackers()
+        self._check_can_train()
         self._check_materials()
         self.settle()
         self.students.check()

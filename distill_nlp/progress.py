@@ -60,7 +60,7 @@ class StageProgress(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The best model's evaluation, which may follow, is not of this step.
+        # An evaluation of the model that is kept, which may follow, is not of this step.
         self.training = False
         if self.bar is not None:
             self.bar.close()

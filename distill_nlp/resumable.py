@@ -118,8 +118,6 @@ class ResumableTrainer(PublishingTrainer):
     ) -> None:
         """The Trainer calls it after each step, and once more after each epoch."""
         is_step, self._at = self._at != self.state.global_step, self.state.global_step
-        if is_step:
-            self.nonfinite.count_overflow()
         control = self.control
         asked = control.should_log or control.should_evaluate or control.should_save
         if asked or not is_step or self.nonfinite.is_full:

@@ -113,7 +113,7 @@ class TrainingJob:
         if reason:
             say(f"{self.name:<20} stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: {reason}")
         with self._memory_errors():
-            metrics, shown_metric = trainer.evaluate(), self._shown_metric
+            metrics, shown_metric = self._validation(trainer), self._shown_metric
         trainer.save_model(str(self.folder.result))
         self._check_saved()
         if state.is_main_process:
@@ -144,6 +144,16 @@ class TrainingJob:
             f"{self.name:<20} {trainer.state.global_step} steps in {seconds:.0f} s, validation {shown_metric} "
             f"{metrics[f'eval_{shown_metric}']:.4f} → {self.folder.path}"
         )
+
+    def _validation(self, trainer: DistillationTrainer) -> dict[str, float]:
+        """Metrics of the model that is kept: those of the evaluation at its step; a new one where there was none."""
+        state, step = trainer.state, trainer.state.global_step
+        if self.arguments.load_best_model_at_end:
+            # Without its checkpoint it could not be loaded.
+            is_best = state.best_model_checkpoint is not None and Path(state.best_model_checkpoint).is_dir()
+            step = state.best_global_step if is_best else None
+        logged = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == step]
+        return logged[-1] if logged else trainer.evaluate()
 
     def _check_saved(self) -> None:
         """Before the checkpoints go: where models are sharded, the Trainer may write nothing, and say nothing."""

@@ -29,7 +29,8 @@ class TermLog:
 
     def add(self, name: str, value: torch.Tensor) -> None:
         """The part of one micro-batch in a term's mean over the global batch."""
-        self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+        # In bfloat16, as FSDP may give it, a sum would soon stop growing.
+        self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
 
     def add_norm(self, name: str, norm: torch.Tensor) -> None:
         """The norm of a term's gradient, measured in this step."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, set_seed
 
-from distill_nlp.arguments import DistillationArguments, setting_of
+from distill_nlp.arguments import DistillationArguments, refuse_data_parallel, setting_of
 from distill_nlp.capture import enable_quick_attention
 from distill_nlp.checkpoints import load_weights, save_objective, save_student
 from distill_nlp.collation import DistillationCollator
@@ -84,11 +84,7 @@ class DistillationTrainer(OrderedTrainer):
             raise ValueError(
                 "label_smoothing_factor would be ignored: use losses={'ce': CrossEntropyLoss(label_smoothing=...)}"
             )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process would be DataParallel, which cannot split the teacher's features; "
-                "start with `accelerate launch`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
-            )
+        refuse_data_parallel(args)
         balance = setting_of(args, "loss_balancing") != "none"
         objective = DistillationObjective(losses or {}, loss_weights, balance)
         if objective.needs_teacher and teacher is None:

@@ -21,7 +21,10 @@ _COSMETIC = {
     # What comes of it stands in per_device_train_batch_size and gradient_accumulation_steps.
     "auto_batch_size",
     "dataloader_num_workers",
+    "dataloader_persistent_workers",
     "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "ddp_timeout",
     "disable_tqdm",
     "log_level",
     "log_level_replica",
@@ -95,7 +98,6 @@ def training_arguments(
         values[new if new in known else "gradient_checkpointing"] = True
     # bf16 without an accelerator is refused by TrainingArguments unless the CPU is asked for by name.
     values["use_cpu"] = values["use_cpu"] or not torch.accelerator.is_available()
-    pinned = values.get("dataloader_pin_memory", torch.cuda.is_available() and not values["use_cpu"])
     strategy = values["eval_strategy"]
     if keeps_last:
         values["early_stopping_patience"] = None
@@ -106,9 +108,7 @@ def training_arguments(
                 # One more than is needed: where the newest is found damaged, not all is lost.
                 "save_total_limit": 2,
                 "disable_tqdm": not sys.stderr.isatty(),
-                "dataloader_pin_memory": pinned,
-                # From there a GPU gets its batches while it computes.
-                "accelerator_config": {"non_blocking": pinned},
+                "dataloader_pin_memory": torch.cuda.is_available() and not values["use_cpu"],
                 **values,
                 "output_dir": str(output_dir),
                 "seed": seed,

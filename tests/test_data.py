@@ -227,6 +227,15 @@ def test_the_hash_of_the_rows_does_not_depend_on_the_file(tmp_path):
     assert content_hash(load_splits(section(tmp_path / "csv", seed=1)).train) not in hashes
 
 
+def test_rows_are_hashed_once(tmp_path, monkeypatch):
+    rows = Dataset.from_dict({"text": ["a", "b"], "labels": [0, 1]})
+    found = content_hash(rows)
+    monkeypatch.setattr(Dataset, "iter", lambda *_, **__: pytest.fail("they are read again"))
+    assert content_hash(rows) == found
+    monkeypatch.undo()
+    assert content_hash(rows.select([1, 0])) != found
+
+
 def test_json_with_a_label_of_another_type_in_one_row_is_refused(tmp_path):
     lines = [{"text": "a", "label": 0}, {"text": "b", "label": "one"}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import itertools
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from distill_nlp import CrossEntropyLoss, KLDivergenceLoss
 from distill_nlp.arguments import DistillationArguments
 from distill_nlp.losses.base import DistillationLoss
 from distill_nlp.manifests import checkpoints, damage
-from distill_nlp.nonfinite import FiniteCheck, NonFiniteError
+from distill_nlp.nonfinite import NonFiniteError
 
 
 class Spoilt(CrossEntropyLoss):
@@ -183,46 +183,51 @@ def test_a_sound_training_is_what_it_was(make_trainer):
 # ---- the loss scale of float16 ----
 
 
-class FakeScaler:
-    """The part of a GradScaler that is asked, where there is no GPU."""
+@pytest.fixture
+def scaled(make_trainer):
+    """`scaled(scale, **changes)`: a trainer whose steps go through a real loss scaler, which begins with that scale."""
 
-    def get_scale(self):
-        return 0.5
+    def make(scale, **changes):
+        trainer = make_trainer("run", logging_steps=10, **changes)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return trainer
 
-
-def scaled(left_out):
-    found = iter(left_out)
-
-    class Accelerator(types.SimpleNamespace):
-        @property
-        def optimizer_step_was_skipped(self):
-            return next(found)
-
-    return Accelerator(scaler=FakeScaler(), num_processes=1, device=torch.device("cpu"))
+    return make
 
 
-def test_overflows_of_float16_are_counted_and_no_error():
-    check = FiniteCheck("stop", 0, scaled([True, False, True]), lambda step, micro: None)
-    for step in range(3):
-        check.add(step, {"ce": torch.tensor(1.0)}, torch.zeros(2, 3), None)
-        check.add_norm(step, torch.tensor(float("inf")), None)
-        check.count_overflow()
-    check.look()
-    assert check.overflows == 2
-    assert check.state() == {"skipped": 0, "overflows": 2}
-
-
-def test_overflows_without_end_are_an_error():
-    check = FiniteCheck("stop", 0, scaled([True] * 25), lambda step, micro: None)
-    with pytest.raises(NonFiniteError, match=r"not finite in 25 steps in a row, at a loss scale of 0.5"):
-        [check.count_overflow() for _ in range(25)]
-
-
-def test_overflows_stand_in_the_log(make_trainer, monkeypatch):
-    trainer = make_trainer("run", max_steps=2, logging_steps=2)
-    monkeypatch.setattr(FiniteCheck, "count_overflow", lambda self: setattr(self, "overflows", self.overflows + 1))
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_overflows_under_a_loss_scale_are_counted_and_no_error(scaled, optim, policy):
+    trainer = scaled(1024.0, max_steps=10, optim=optim, on_nonfinite=policy)
+    scaler, parameter = trainer.accelerator.scaler, next(p for p in trainer.student.parameters() if p.requires_grad)
+    parameter.register_hook(lambda grad: grad * (float("inf") if scaler.get_scale() > 64 else 1.0))
+    before = parameters_of(trainer.model)
     trainer.train()
-    assert [entry["fp16_overflows"] for entry in step_logs(trainer)] == [2]
+    (entry,) = step_logs(trainer)
+    assert (entry["fp16_overflows"], scaler.get_scale()) == (4, 64)
+    assert "nonfinite_steps" not in entry
+    after = parameters_of(trainer.model)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_overflows_without_end_are_an_error(scaled, optim):
+    trainer = scaled(1024.0, max_steps=40, optim=optim)
+    next(p for p in trainer.student.parameters() if p.requires_grad).register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"not finite in 25 steps in a row, at a loss scale of "):
+        trainer.train()
+    # Seen as the epoch ends, of four steps each.
+    assert trainer.state.global_step == 28
+
+
+def test_an_overflow_now_and_then_is_not_in_a_row(scaled):
+    trainer = scaled(1024.0, max_steps=60)
+    seen = itertools.count()
+    parameter = next(p for p in trainer.student.parameters() if p.requires_grad)
+    parameter.register_hook(lambda grad: grad * (float("nan") if next(seen) % 20 else 1.0))
+    trainer.train()
+    assert step_logs(trainer)[-1]["fp16_overflows"] == 57
 
 
 @pytest.mark.parametrize(

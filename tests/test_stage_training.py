@@ -1,16 +1,28 @@
 """What the result of a training stage depends on, and the rows that it is evaluated on."""
 
+import json
+import shutil
 from collections import Counter
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
 from pydantic import ValidationError
 
+from distill_nlp import pipeline
 from distill_nlp.arguments import DistillationArguments
 from distill_nlp.cli import main
 from distill_nlp.config import TrainingSection
 from distill_nlp.config_file import load_experiment
+from distill_nlp.inference import predict_logits
+from distill_nlp.loading import load_classifier
 from distill_nlp.materials import Materials
+from distill_nlp.pipeline import Pipeline
+from distill_nlp.stage_training import TrainingJob
 from distill_nlp.trainer import DistillationTrainer
 from distill_nlp.training_rows import validation_rows
 from distill_nlp.training_settings import effective, training_arguments
@@ -67,15 +79,53 @@ def test_the_settings_reach_the_trainer(tmp_path):
     assert {name: getattr(arguments, name) for name in NEW} == NEW
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"), [({}, True), ({"dataloader_pin_memory": False}, False), ({"use_cpu": True}, False)]
-)
-def test_a_gpu_gets_its_batches_while_it_computes(tmp_path, monkeypatch, settings, expected):
+@pytest.mark.parametrize(("settings", "pins"), [({}, True), ({"use_cpu": True}, False)])
+def test_on_a_gpu_batches_are_pinned(tmp_path, monkeypatch, settings, pins):
     for place in ("cuda", "accelerator"):
         monkeypatch.setattr(f"distill_nlp.training_settings.torch.{place}.is_available", lambda: True)
     monkeypatch.setattr("distill_nlp.training_settings.DistillationArguments", lambda **values: values)
-    found = training_arguments(TrainingSection(**settings), tmp_path, seed=1)
-    assert (found["dataloader_pin_memory"], found["accelerator_config"]) == (expected, {"non_blocking": expected})
+    assert training_arguments(TrainingSection(**settings), tmp_path, seed=1)["dataloader_pin_memory"] == pins
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "expected"),
+    [
+        ("cuda", {}, True),
+        ("cuda", {"dataloader_pin_memory": False}, False),
+        ("cuda", {"accelerator_config": {"split_batches": True}}, True),
+        ("cuda", {"accelerator_config": {"non_blocking": False}}, False),
+        ("cpu", {}, False),
+    ],
+)
+def test_a_gpu_gets_its_batches_while_it_computes(tmp_path, monkeypatch, device, settings, expected):
+    monkeypatch.setattr(DistillationArguments, "device", torch.device(device))
+    arguments = DistillationArguments(output_dir=str(tmp_path), **settings)
+    assert arguments.accelerator_config.non_blocking is expected
+    assert arguments.accelerator_config.split_batches is bool(
+        settings.get("accelerator_config", {}).get("split_batches")
+    )
+
+
+@pytest.mark.parametrize(("settings", "seconds"), [({}, 7200), ({"training__ddp_timeout": 60}, 60)])
+def test_ranks_wait_long_for_one_another(experiment, monkeypatch, settings, seconds):
+    asked = []
+    monkeypatch.setattr(pipeline, "PartialState", lambda **given: asked.append(given["timeout"]) or PartialState())
+    Pipeline(load_experiment(experiment(**settings)))
+    assert asked == [timedelta(seconds=seconds)]
+
+
+def test_several_gpus_in_one_process_are_refused_before_anything_is_read(experiment, tmp_path, monkeypatch, capsys):
+    path = experiment()
+    shutil.rmtree(tmp_path / "data")
+    monkeypatch.setattr(DistillationArguments, "n_gpu", 2)
+    for words in ([], ["--dry-run"], ["--stages", "student"]):
+        assert main(["run", str(path), *words]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: training: 2 GPUs in one process would be DataParallel")
+        assert err.count("\n") == 1
+    # A report trains nothing.
+    assert main(["run", str(path), "--stages", "report"]) == 2
+    assert "GPUs" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -101,7 +151,56 @@ def test_measuring_alone_changes_no_result():
 
 def test_what_changes_a_result_counts():
     assert effective(TrainingSection(learning_rate=1e-3), True) != effective(TrainingSection(), True)
-    assert effective(TrainingSection(logging_steps=7), True) == effective(TrainingSection(), True)
+    for settings in ({"logging_steps": 7}, {"ddp_timeout": 60}):
+        assert effective(TrainingSection(**settings), True) == effective(TrainingSection(), True)
+
+
+# ---- evaluations ----
+
+
+@pytest.mark.parametrize(
+    ("training", "times"),
+    [
+        ({"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.02}, 3),
+        ({"max_steps": 5, "eval_strategy": "steps", "eval_steps": 2}, 3),
+        ({"max_steps": 2, "eval_strategy": "no"}, 1),
+    ],
+)
+@pytest.mark.usefixtures("no_doctor")
+def test_the_model_that_is_kept_is_evaluated_once(experiment, tmp_path, monkeypatch, training, times):
+    calls, evaluate = [], DistillationTrainer.evaluate
+
+    def counted(self, *arguments, **settings):
+        calls.append(self)
+        return evaluate(self, *arguments, **settings)
+
+    monkeypatch.setattr(DistillationTrainer, "evaluate", counted)
+    path = experiment(teacher__training=training)
+    assert main(["run", str(path), "--stages", "teacher"]) == 0
+    assert len(calls) == times
+    found = json.loads((tmp_path / "run" / "teacher" / "stage.json").read_text())["validation"]
+    materials = Materials(load_experiment(path))
+    rows = materials.tokens(materials.splits.validation)
+    model = load_classifier(str(tmp_path / "run" / "teacher"))
+    logits, labels = torch.tensor(predict_logits(model, materials.tokenizer, rows)), torch.tensor(rows["labels"][:])
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert found["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+
+
+def test_of_a_best_model_whose_checkpoint_is_gone_the_metrics_are_new(tmp_path):
+    """The Trainer then keeps the last weights, with a warning."""
+    training = object.__new__(TrainingJob)
+    training.arguments = SimpleNamespace(load_best_model_at_end=True)
+    history = [{"step": 2, "eval_loss": 1.0}, {"step": 4, "eval_loss": 2.0}, {"step": 4, "train_loss": 2.0}]
+    state = SimpleNamespace(log_history=history, global_step=4, best_global_step=2, best_model_checkpoint=None)
+    trainer = SimpleNamespace(state=state, evaluate=lambda: {"eval_loss": 3.0})
+    assert training._validation(trainer) == {"eval_loss": 3.0}
+    state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    assert training._validation(trainer) == {"eval_loss": 3.0}
+    (tmp_path / "checkpoint-2").mkdir()
+    assert training._validation(trainer) == history[0]
+    training.arguments.load_best_model_at_end = False
+    assert training._validation(trainer) == history[1]
 
 
 # ---- rows of evaluations ----

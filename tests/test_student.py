@@ -1,5 +1,7 @@
 """Students from a checkpoint, from a config and from the teacher's layers."""
 
+import os
+
 import pytest
 import torch
 from helpers import (
@@ -152,6 +154,21 @@ def test_weights_that_are_not_finite_are_told_from_large_ones(tmp_path, values, 
 def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
     make_student().half().save_pretrained(tmp_path)
     assert build_student(LABELS, model=str(tmp_path)).dtype == torch.float32
+
+
+def test_under_fsdp_each_rank_loads_its_own_weights(tmp_path, monkeypatch):
+    """As a launcher says it by default, the others would wait for those of the first, and theirs be missing."""
+    make_student().save_pretrained(tmp_path)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    seen, load = [], AutoModelForSequenceClassification.from_pretrained
+
+    def spied(*arguments, **settings):
+        seen.append(os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"])
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", spied)
+    load_classifier(str(tmp_path))
+    assert (seen, os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]) == (["false"], "true")
 
 
 # ---- from the teacher ----
