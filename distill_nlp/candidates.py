@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from distill_nlp.inference import predict_logits
 from distill_nlp.labels import label_names
@@ -51,6 +52,11 @@ def open_candidate(name: str, max_length: int | None = None) -> Candidate:
         DistillError: it is not to be had.
     """
     return ModelCandidate(name, max_length)
+
+
+def common_device(names: Sequence[str]) -> str:
+    """Where all of them can run, so that their times compare: exports run on the CPU alone."""
+    return "cuda" if torch.cuda.is_available() and not any(map(is_exported, names)) else "cpu"
 
 
 class ModelCandidate:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from distill_nlp.candidates import Candidate, class_names, open_candidate
+from distill_nlp.candidates import Candidate, class_names, common_device, open_candidate
 from distill_nlp.config import DataSection, ReportSection
 from distill_nlp.config_training import task_metric
 from distill_nlp.data import load_labeled
@@ -46,7 +45,7 @@ def compare(
     batch_size: int = 32,
     settings: ReportSection | None = None,
 ) -> dict[str, Any]:
-    """Runs the models over the rows and compares each with each.
+    """Runs the models over the rows and compares each with each; on a GPU, unless one of them is an export.
 
     Args:
         models: folders or Hub ids of classifiers of the same classes, in any order; the first one's order is taken.
@@ -73,7 +72,7 @@ def compare(
     """
     _check_names(models)
     settings = (settings or ReportSection()).model_copy(update={"throughput_batch_size": batch_size})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = common_device(models)
     opened = {name: open_candidate(name, max_length) for name in models}
     first = opened[models[0]]
     orders = {name: _order(name, candidate, models[0], first) for name, candidate in opened.items()}

@@ -125,7 +125,8 @@ class ReportStage:
                 "test": content_hash(self.materials.splits.test),
                 "settings": self.experiment.report.model_dump(),
                 "models": {f"{kind}-{seed}": make(seed) for kind, make in makers.items() for seed in seeds},
-                "device": str(self.runner.state.device),
+                # A GPU has a number under a launcher, and none without.
+                "device": self.runner.state.device.type,
             }
         )
 

@@ -100,6 +100,9 @@ class OpenSettings:
         encoded = self._materials.tokenizer(usual["text"], usual.get("text_pair"), truncation=True, max_length=length)
         tokens = round(sum(map(len, encoded["input_ids"])) / len(usual["text"]))
         rows = training.per_device_train_batch_size
+        if training.auto_batch_size:
+            # As many as may fit.
+            rows = _USUAL_BATCH * training.gradient_accumulation_steps
         try:
             chosen, line = prefers_bf16(self._materials.new_student, rows, tokens, self._state.device)
         except (RuntimeError, ValueError, IndexError) as error:

@@ -10,6 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from helpers import LABELS, label_config, make_student, make_teacher, make_tokenizer
 
+from distill_nlp.candidates import common_device
 from distill_nlp.cli import main
 from distill_nlp.comparison import compare, short_names
 from distill_nlp.config import ReportSection
@@ -151,6 +152,17 @@ def test_a_length_that_is_given_cuts_the_texts(models, rows):
     labels = np.array([LABELS.index(line["label"]) for line in lines])
     assert cut[models[0]]["accuracy"] == pytest.approx((short == labels).mean())
     assert cut[models[0]]["log_loss"] != whole[models[0]]["log_loss"]
+
+
+def test_all_run_on_the_cpu_where_one_is_an_export(tmp_path, monkeypatch):
+    """It can run nowhere else, and the times of two devices do not compare."""
+    names = [str(tmp_path / "student"), str(tmp_path / "student-onnx")]
+    (tmp_path / "student-onnx").mkdir()
+    (tmp_path / "student-onnx" / "model.onnx").write_bytes(b"graph")
+    (tmp_path / "student-onnx" / "export.json").write_text("{}")
+    assert [common_device(some) for some in (names[:1], names)] == ["cpu", "cpu"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [common_device(some) for some in (names[:1], names)] == ["cuda", "cpu"]
 
 
 def test_names_are_shown_without_common_folders():

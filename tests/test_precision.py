@@ -227,6 +227,36 @@ def test_the_ratio_is_that_of_bf16_to_fp32_on_a_part_of_a_batch_that_takes_long(
     assert len(short.rows) == 2 + 2 + 2 + 6
 
 
+def test_where_a_batch_does_not_fit_fewer_rows_are_measured(monkeypatch):
+    class Small(_Slow):
+        def forward(self, input_ids, attention_mask):
+            # In one of the two alone.
+            if len(input_ids) > 5 and not torch.is_autocast_enabled("cpu"):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().forward(input_ids, attention_mask)
+
+    model = Small(fp32=0.001, bf16=0.0005)
+    monkeypatch.setattr(precision, "time", model)
+    assert precision.bf16_ratio(model, 16, tokens=5, seconds=0.0) == (pytest.approx(0.5), 4)
+
+
+def test_other_errors_of_a_pass_are_not_hidden():
+    model = _Slow(fp32=0.0, bf16=0.0)
+    model.forward = lambda **_: (_ for _ in ()).throw(RuntimeError("sizes do not match"))
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        precision.bf16_ratio(model, 16, tokens=5, seconds=0.0)
+
+
+@pytest.mark.parametrize(("size", "expected"), [("auto", 64), (8, 8)])
+def test_as_many_rows_are_measured_as_may_go_through_at_a_time(experiment, monkeypatch, size, expected):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    asked = []
+    monkeypatch.setattr(settling, "prefers_bf16", lambda make, rows, *_: (asked.append(rows) or False, None))
+    training = {"max_steps": 3, "per_device_train_batch_size": size, "gradient_accumulation_steps": 4}
+    Pipeline(load_experiment(experiment(training=training))).settle()
+    assert asked == [expected]
+
+
 def test_a_real_model_is_measured_and_nothing_stays_of_it():
     model = make_student()
     state = torch.random.get_rng_state()

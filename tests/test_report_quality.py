@@ -201,6 +201,24 @@ def test_memory_is_that_of_the_longest_rows_and_of_the_greatest_model_of_an_ense
     assert found["throughput"] == 0.5
 
 
+@pytest.mark.parametrize(("device", "warming"), [("cpu", 1), ("cuda", 3)])
+def test_the_first_passes_are_not_counted(monkeypatch, device, warming):
+    """Of each length on a GPU, which loads its kernels when it meets it."""
+
+    class Warming(Fake):
+        def seconds(self, part, device):
+            super().seconds(part, device)
+            return 1.0 if len(self.parts) > (warming if len(part) == 1 else warming + 3 + 1) else 100.0
+
+    monkeypatch.setattr(speed, "pass_memory", lambda run, device: {"mb": 1.0, "how": RESIDENT})
+    model = Warming([3, 9, 5])
+    settings = ReportSection(latency_samples=3, throughput_batch_size=2, throughput_batches=1)
+    found = speed.measure_speed({"student": [model]}, settings, device)["student"]
+    assert found["latency_ms"] == {"p50": 1000.0, "p95": 1000.0, "p99": 1000.0}
+    assert found["throughput"] == 2.0
+    assert len(model.parts) == warming + 3 + 1 + 1
+
+
 # ---- rows ----
 
 

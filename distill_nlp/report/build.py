@@ -167,7 +167,12 @@ def _mean_sd(values: list[float]) -> dict[str, float | None]:
 def machine(device: Any) -> dict[str, Any]:
     """What the speeds were measured on."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor()
-    return {"device": str(device), "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {
+        "device": torch.device(device).type,
+        "name": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _processor() -> str:
