@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from distill_nlp.config import CONFIG_FILE, Experiment
 from distill_nlp.config_training import TrainingSection
 from distill_nlp.doctor import Subject, fitting_batch_size
+from distill_nlp.doctor.memory import free_memory
 from distill_nlp.durable_files import read_json
 from distill_nlp.errors import first_line
 from distill_nlp.fingerprints import Fingerprints
@@ -53,6 +54,7 @@ class OpenSettings:
         training, teacher = self._experiment.training, self._experiment.teacher.training
         # The teacher's first: it inherits what the students' is until then.
         shared = self._experiment.teacher_training()
+        free = self._least_free() if shared.auto_batch_size or training.auto_batch_size else (None, "")
         if shared.auto_batch_size:
             parts = [part for part in self._materials.teachers if part.finished is None]
             rows = _USUAL_BATCH * shared.gradient_accumulation_steps
@@ -63,7 +65,7 @@ class OpenSettings:
                     rows,
                     measure and bool(parts),
                     "teacher",
-                    [lambda part=part: fitting_batch_size(subject, rows, part) for part in parts],
+                    [lambda part=part: fitting_batch_size(subject, rows, free, part) for part in parts],
                 )
             )
             _set_batch_size(teacher, rows, size)
@@ -78,7 +80,7 @@ class OpenSettings:
                     rows,
                     measure,
                     "student",
-                    [lambda subject=subject: fitting_batch_size(subject, rows) for subject in subjects],
+                    [lambda subject=subject: fitting_batch_size(subject, rows, free) for subject in subjects],
                 )
             )
             owners = [self._experiment.teacher.training, *(phase.training for phase in self._experiment.phases)]
@@ -88,6 +90,11 @@ class OpenSettings:
     def _subject(self, materials: Materials) -> Subject:
         # Of fingerprints that nobody keeps: they would be of settings that are not decided yet.
         return Subject(materials, Fingerprints(self._experiment, materials))
+
+    def _least_free(self) -> tuple[int | None, str]:
+        """The free memory of the device that has least of it; other work may lie on one of them."""
+        found = gather_object([free_memory(self._state.device)])
+        return next((one for one in found if one[0] is None), None) or min(found)
 
     def _decided(self, decide: Callable[[], Any]) -> Any:
         return broadcast_object_list([decide() if self._state.is_main_process else None])[0]

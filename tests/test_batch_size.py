@@ -140,28 +140,25 @@ def needed(subject, rows, part=None) -> int:
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
 @pytest.mark.parametrize(("fits", "size"), [(24, 24), (11, 8), (5, 4), (3, 3)])
-def test_the_largest_divisor_that_fits_is_taken(subject, monkeypatch, fits, size, who):
+def test_the_largest_divisor_that_fits_is_taken(subject, fits, size, who):
     part = None if who == "student" else subject.materials.lead
     between = (needed(subject, fits, part) + needed(subject, fits + 1, part)) / 2
-    monkeypatch.setattr(fitting, "free_memory", lambda device: (between / 0.7, "system"))
-    found, line = fitting_batch_size(subject, 24, part)
+    found, line = fitting_batch_size(subject, 24, (between / 0.7, "system"), part)
     assert found == size
     assert line.startswith(f"{size} of 24 rows of a step at a time: about ")
     assert line.endswith("free (system)")
 
 
-def test_where_not_even_one_row_fits_one_is_tried_and_where_nothing_is_known_all(subject, monkeypatch):
-    monkeypatch.setattr(fitting, "free_memory", lambda device: (10, "system"))
-    assert fitting_batch_size(subject, 16)[0] == 1
-    monkeypatch.setattr(fitting, "free_memory", lambda device: (None, "mps"))
-    assert fitting_batch_size(subject, 16) == (16, "16 rows at a time: the free memory is not known")
+def test_where_not_even_one_row_fits_one_is_tried_and_where_nothing_is_known_all(subject):
+    assert fitting_batch_size(subject, 16, (10, "system"))[0] == 1
+    assert fitting_batch_size(subject, 16, (None, "mps")) == (16, "16 rows at a time: the free memory is not known")
 
 
 def test_the_estimate_is_a_line_in_the_rows_and_leaves_no_trace(subject):
     found = [needed(subject, rows) for rows in (1, 9, 17)]
     assert found[2] - found[1] == pytest.approx(found[1] - found[0], rel=0.01)
     state = torch.random.get_rng_state()
-    fitting_batch_size(subject, 16)
+    fitting_batch_size(subject, 16, (10**9, "system"))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -190,13 +187,29 @@ def test_the_teachers_rows_are_as_long_as_its_longest(experiment, tmp_path):
 
 
 def test_ranks_share_the_memory_of_a_machine(subject, monkeypatch):
-    free = (needed(subject, 16) + needed(subject, 17)) / 2 / 0.7
-    monkeypatch.setattr(fitting, "free_memory", lambda device: (free, "system"))
-    assert fitting_batch_size(subject, 16)[0] == 16
+    free = (needed(subject, 16) + needed(subject, 17)) / 2 / 0.7, "system"
+    assert fitting_batch_size(subject, 16, free)[0] == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert fitting_batch_size(subject, 16)[0] < 16
+    assert fitting_batch_size(subject, 16, free)[0] < 16
     # Each rank has a GPU of its own.
     assert fitting._copies(SimpleNamespace(device=torch.device("cuda"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "least"),
+    [([(900, "GPU"), (100, "GPU")], (100, "GPU")), ([(900, "mps"), (None, "mps")], (None, "mps"))],
+)
+def test_the_device_that_has_least_free_memory_decides(experiment, monkeypatch, of_ranks, least):
+    asked = []
+    monkeypatch.setattr(settling, "gather_object", lambda own: of_ranks)
+
+    def found(subject, rows, free, part=None):
+        asked.append(free)
+        return 4, "a line"
+
+    monkeypatch.setattr(settling, "fitting_batch_size", found)
+    Pipeline(load_experiment(experiment(training=AUTO, losses={"kl": {}}))).settle()
+    assert asked == [least, least]
 
 
 # ---- runs ----
@@ -208,7 +221,7 @@ def fits(monkeypatch):
     asked: list[tuple[str, int]] = []
 
     def set_to(**sizes) -> list[tuple[str, int]]:
-        def found(subject, rows, part=None):
+        def found(subject, rows, free, part=None):
             who = "student" if part is None else "teacher"
             asked.append((who, rows))
             return sizes[who], f"{sizes[who]} of {rows} rows"
@@ -272,7 +285,7 @@ def test_all_phases_fit(experiment, monkeypatch, tmp_path):
     monkeypatch.setattr(
         settling,
         "fitting_batch_size",
-        lambda subject, rows, part=None: (16 if part else fit[next(iter(subject.experiment.losses))], "a line"),
+        lambda subject, rows, free, part=None: (16 if part else fit[next(iter(subject.experiment.losses))], "a line"),
     )
     pipeline.settle()
     assert sizes(pipeline.experiment.training) == (4, 8, False)

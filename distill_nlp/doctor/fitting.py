@@ -46,7 +46,9 @@ def check_student_memory(subject: Subject) -> Finding:
     )
 
 
-def fitting_batch_size(subject: Subject, rows: int, teacher: TeacherPart | None = None) -> tuple[int, str]:
+def fitting_batch_size(
+    subject: Subject, rows: int, free: tuple[int | None, str], teacher: TeacherPart | None = None
+) -> tuple[int, str]:
     """How many rows of a step go through the models at a time: the most that divide it and fit into the memory.
 
     Estimated as the doctor does, of the longest rows; all of them where nothing says how much memory is free. Leaves no
@@ -54,15 +56,16 @@ def fitting_batch_size(subject: Subject, rows: int, teacher: TeacherPart | None 
 
     Args:
         rows: of a step on one device.
+        free: memory, as `free_memory` tells it of the device that has least.
         teacher: in its own training; None: the distilled student's, with the teacher that runs in it.
 
     Returns:
         The rows, and a line on them.
     """
+    left, where = free
+    if left is None:
+        return rows, f"{rows} rows at a time: the free memory is not known"
     with no_trace():
-        free, where = free_memory(subject.device)
-        if free is None:
-            return rows, f"{rows} rows at a time: the free memory is not known"
 
         def needed(count: int) -> int:
             estimate = _student_memory(subject, count) if teacher is None else _teacher_memory(subject, teacher, count)
@@ -71,12 +74,12 @@ def fitting_batch_size(subject: Subject, rows: int, teacher: TeacherPart | None 
         one, whole = needed(1), needed(rows)
         # All parts of an estimate grow evenly with the rows, or not at all.
         each = (whole - one) / max(rows - 1, 1)
-        fits = [n for n in range(rows, 0, -1) if rows % n == 0 and one + (n - 1) * each <= _SHARE_TO_FILL * free]
+        fits = [n for n in range(rows, 0, -1) if rows % n == 0 and one + (n - 1) * each <= _SHARE_TO_FILL * left]
         chosen = fits[0] if fits else 1
         size = size_in_words(one + (chosen - 1) * each)
         return (
             chosen,
-            f"{chosen} of {rows} rows of a step at a time: about {size} of {size_in_words(free)} free ({where})",
+            f"{chosen} of {rows} rows of a step at a time: about {size} of {size_in_words(left)} free ({where})",
         )
 
 
