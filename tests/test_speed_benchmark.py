@@ -275,7 +275,7 @@ def test_ways_that_should_train_alike_do(after, way):
     assert apart < 0.02 * moved
 
 
-@pytest.mark.parametrize("part", ["steps", "defaults", "capture"])
+@pytest.mark.parametrize("part", ["steps", "defaults", "capture", "relations"])
 def test_each_part_gives_a_table(part, monkeypatch):
     monkeypatch.setattr(capturing, "peak", lambda way, *_: {"eager": 50, "capture": 20, "kl": 10}[way.way] * 2**20)
     for title, found in run.PART[part](PAIR, OPTIONS):
@@ -283,6 +283,17 @@ def test_each_part_gives_a_table(part, monkeypatch):
         assert all(f"| {name} | " in text for name in found)
         assert next(iter(found.values()))["ratio"] == 1
         assert all(figures["seconds"] > 0 for figures in found.values())
+
+
+def test_rows_of_steps_may_have_the_lengths_of_reviews():
+    options = argparse.Namespace(**vars(OPTIONS) | {"batches": "4x64,imdb"})
+    (fixed, rows, size), (drawn, reviews, of_reviews) = run._rows_of(options)
+    assert (fixed, len(rows), size) == ("4x64", 16, 4)
+    assert "cut at 16" in drawn
+    assert (len(reviews), of_reviews) == (8, 16)
+    assert max(map(len, reviews["input_ids"])) == 16
+    # Matrix products alone are of rows of one length.
+    assert [title for title, _ in run.PART["limits"](PAIR, options)] == ["tiny pair, steps of 4x64, 16 rows"]
 
 
 def test_a_round_starts_with_another_variant_and_ratios_are_of_one_round():
@@ -334,7 +345,7 @@ def test_the_command_that_is_shown_holds_no_path_of_this_machine(given, part, sh
 
 
 @pytest.mark.parametrize("layers", ["uniform", "last"])
-@pytest.mark.parametrize("maps", ["mse", "kl"])
+@pytest.mark.parametrize("maps", ["mse", "kl", "relations"])
 def test_capture_and_eager_maps_give_the_same_loss_and_gradients(students, layers, maps, monkeypatch):
     # Of several layers each has another partner.
     monkeypatch.setitem(workloads.MODELS, "tiny", (64, 2, 4, 2))

@@ -1,13 +1,15 @@
 """Attention and hidden-state losses by our capture, and in the usual way: eager maps, returned and compared.
 
 The usual way has both models on eager attention, asks each for all of its hidden states and maps, and takes
-`F.mse_loss` (of maps also `F.kl_div`) over those of the mapped layers, with the mean over layers. Rows have no padding,
-so that its means without a mask are ours with one. Attention dropout is 0: with it the student's returned maps would be
-those after dropout, and fused attention would take its slow path on a CPU.
+`F.mse_loss` (of maps also `F.kl_div`) over those of the mapped layers, with the mean over layers. Of relations (Q-Q,
+K-K, V-V, as MiniLMv2 has them) the usual way keeps what the projections give by hooks, on fused attention, and compares
+whole maps. Rows have no padding, so that its means without a mask are ours with one. Attention dropout is 0: with it
+the student's returned maps would be those after dropout, and fused attention would take its slow path on a CPU.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,14 @@ from memory import peak_of, return_freed_memory
 from plain import TEMPERATURE, divergence
 from workloads import Pair, fixed_rows
 
-from distill_nlp import AttentionLoss, DistillationModel, DistillationObjective, HiddenStateLoss, KLDivergenceLoss
+from distill_nlp import (
+    AttentionLoss,
+    DistillationModel,
+    DistillationObjective,
+    HiddenStateLoss,
+    KLDivergenceLoss,
+    TokenRelationLoss,
+)
 from distill_nlp.layer_mapping import map_layers
 from distill_nlp.teacher import bind_teacher
 
@@ -33,12 +42,12 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Featured:
-    """A bare loop with KL + hidden + attention, each with the weight 1; in float32.
+    """A bare loop with KL + hidden + attention, or KL + relations, each with the weight 1; in float32.
 
     Args:
         way: "capture", "eager", or "kl": the KL divergence alone, on fused attention.
         layers: that are compared, "uniform" (all of the student's) or "last".
-        maps: how attention maps are compared, "mse" or "kl".
+        maps: how attention maps are compared, "mse" or "kl"; "relations": those instead, without hidden states.
     """
 
     way: str
@@ -69,9 +78,13 @@ class Featured:
         """What is trained, and its loss."""
         student, teacher = pair.student(attention_dropout=0.0), pair.teacher()
         if self.way == "eager":
+            if self.maps == "relations":
+                return student, whole_relations(student, teacher, self.layers)
             return student, self._eager(student, teacher)
         losses = {"kl": KLDivergenceLoss(TEMPERATURE)}
-        if self.way == "capture":
+        if self.way == "capture" and self.maps == "relations":
+            losses |= {"relations": TokenRelationLoss(layers=self.layers, relation_heads=heads_of(student, teacher))}
+        elif self.way == "capture":
             losses |= {"hidden": HiddenStateLoss(layers=self.layers)}
             losses |= {"attention": AttentionLoss(layers=self.layers, kind=self.maps)}
         objective = DistillationObjective(losses)
@@ -106,6 +119,52 @@ class Featured:
         return F.kl_div(logs, teacher, reduction="sum") / student.shape[:-1].numel()
 
 
+def heads_of(student: torch.nn.Module, teacher: torch.nn.Module) -> int:
+    """Relation heads that fit both."""
+    return math.gcd(student.config.num_attention_heads, teacher.config.num_attention_heads)
+
+
+def whole_relations(student: torch.nn.Module, teacher: torch.nn.Module, layers: str) -> LossOf:
+    """KL divergence, and that between the maps of queries, keys and values with themselves: (B, R, S, S) each, kept."""
+    heads = heads_of(student, teacher)
+    pairs = map_layers(layers, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    kept: dict[tuple[str, int, int], torch.Tensor] = {}
+
+    def keep(key: tuple[str, int, int]) -> Callable[..., None]:
+        return lambda module, inputs, output: kept.__setitem__(key, output)
+
+    blocks = {"student": student.distilbert.transformer.layer, "teacher": teacher.bert.encoder.layer}
+    for whose, own in blocks.items():
+        for layer, block in enumerate(own, 1):
+            attention = block.attention if whose == "student" else block.attention.self
+            names = ("q_lin", "k_lin", "v_lin") if whose == "student" else ("query", "key", "value")
+            for i, name in enumerate(names):
+                getattr(attention, name).register_forward_hook(keep((whose, layer, i)))
+
+    def relation(vectors: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = vectors.shape
+        cut = vectors.view(batch, tokens, heads, width // heads).transpose(1, 2)
+        return torch.log_softmax(cut @ cut.transpose(-1, -2) / (width // heads) ** 0.5, dim=-1)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            target = teacher(**inputs).logits
+        logits = student(**inputs).logits
+        total = 0.0
+        for s, t in pairs:
+            for i in range(3):
+                with torch.no_grad():
+                    goal = relation(kept["teacher", t, i])
+                found = relation(kept["student", s, i])
+                kl = F.kl_div(found, goal, reduction="sum", log_target=True)
+                total = total + kl / found.shape[:-1].numel()
+        kept.clear()
+        return divergence(logits, target) + total / len(pairs)
+
+    return loss_of
+
+
 def costs(pair: Pair, size: int, tokens: int, count: int, layers: str, maps: str, rounds: int) -> dict[str, Figures]:
     """Time of passes over `count` rows, relative to eager, and the memory of a step that KL alone does not take.
 
@@ -116,8 +175,9 @@ def costs(pair: Pair, size: int, tokens: int, count: int, layers: str, maps: str
         layers, maps: see `Featured`.
         rounds: of passes that count.
     """
+    usual = "eager, maps returned" if maps != "relations" else "whole maps, kept"
     ways = {
-        "eager, maps returned": Featured("eager", layers, maps),
+        usual: Featured("eager", layers, maps),
         "capture": Featured("capture", layers, maps),
         "KL alone": Featured("kl"),
     }
@@ -125,7 +185,7 @@ def costs(pair: Pair, size: int, tokens: int, count: int, layers: str, maps: str
     found = measured({name: way.on(pair, data, size) for name, way in ways.items()}, rounds)
     peaks = {name: peak(way, pair, size, tokens) for name, way in ways.items()}
     above = {name: value - peaks["KL alone"] for name, value in peaks.items()}
-    eager = above["eager, maps returned"]
+    eager = above[usual]
     for name, figures in found.items():
         figures["peak_mib"] = peaks[name] / MIB
         if name != "KL alone":

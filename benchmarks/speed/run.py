@@ -3,6 +3,7 @@
     python benchmarks/speed/run.py                                  # steps, defaults, levers, start; writes nothing
     python benchmarks/speed/run.py --parts steps --rounds 5 --rows 64 --json FILE
     python benchmarks/speed/run.py --parts capture                  # attention losses by capture and by eager maps
+    python benchmarks/speed/run.py --parts relations                # token relations by capture and by whole maps
     python benchmarks/speed/run.py --parts limits                   # the products of a step alone: what is left to win
     python benchmarks/speed/run.py --parts short                    # short rows in bf16 on a CPU
     python benchmarks/speed/run.py --parts whole --data DATA --teacher CHECKPOINT --work DIR --seeds 0,1,2
@@ -87,7 +88,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--parts", type=_listed, default="steps,defaults,levers,start", help=f"of {','.join(PART)}")
     parser.add_argument("--models", choices=list(MODELS), default="minilm", help="sizes of the pair [minilm]")
-    parser.add_argument("--batches", default="16x128,8x512", help="of the parts steps and limits: rows x tokens")
+    parser.add_argument(
+        "--batches",
+        default="16x128,8x512,imdb",
+        help="of steps and limits: rows x tokens, or imdb [all three]",
+    )
     parser.add_argument("--rows", type=int, default=128, help="of a pass [128]")
     parser.add_argument("--longest", type=int, default=256, help="reviews are cut at so many tokens [256]")
     parser.add_argument("--rounds", type=int, default=5)
@@ -97,7 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--short", type=_numbers, default="20,64,128", help="of the part short: tokens [20,64,128]")
     parser.add_argument("--shapes", default="32x256,64x512", help="of the part accelerator: rows x tokens")
     parser.add_argument("--texts", type=int, default=4000, help="of the part start, to be tokenized [4000]")
-    capture = parser.add_argument_group("the part capture")
+    capture = parser.add_argument_group("the parts capture and relations")
     capture.add_argument("--tokens", type=_numbers, default="128,256,512", help="of a row [128,256,512]")
     capture.add_argument("--maps", choices=("mse", "kl"), default="mse", help="how attention maps are compared [mse]")
     runs = parser.add_argument_group("the parts whole and stages")
@@ -127,32 +132,41 @@ def _numbers(text: str) -> list[int]:
 
 
 def steps(pair: Pair, options: argparse.Namespace):
-    """Trainers beside bare loops, at fixed lengths."""
-    for batch, count, found in _at_fixed_lengths(pair, options, STEPS):
-        yield f"steps of {batch}, {count} rows, fp32, no attention dropout", found
+    """Trainers beside bare loops, at fixed lengths and at those of IMDB."""
+    for title, data, size in _rows_of(options):
+        found = _measured(pair, options, STEPS, data, size)
+        yield f"steps of {title}, {len(data)} rows, fp32, no attention dropout", found
 
 
 def products(pair: Pair, options: argparse.Namespace):
     """Steps beside their matrix products and attention alone."""
-    for batch, count, found in _at_fixed_lengths(pair, options, limits.WAYS):
-        yield f"{pair.name} pair, steps of {batch}, {count} rows", found
+    # The products are those of rows of one length.
+    for title, data, size in _rows_of(options, reviews=False):
+        found = _measured(pair, options, limits.WAYS, data, size)
+        yield f"{pair.name} pair, steps of {title}, {len(data)} rows", found
 
 
-def _at_fixed_lengths(pair: Pair, options: argparse.Namespace, ways: Mapping[str, Any]):
-    """For each of `--batches`: its name, the rows of a pass, and the figures of all ways."""
+def _rows_of(options: argparse.Namespace, reviews: bool = True):
+    """For each of `--batches`: its name, the rows of a pass, and how many of them are a batch."""
     for batch in options.batches.split(","):
+        if batch == "imdb":
+            if reviews:
+                data, source = imdb_rows(options.rows, options.longest)
+                yield f"16 rows at random, {source} cut at {options.longest}", data, 16
+            continue
         size, tokens = map(int, batch.split("x"))
-        count = max(size, options.rows * 128 // tokens // size * size)
-        passes = {name: way.on(pair, fixed_rows(count, tokens), size) for name, way in ways.items()}
-        yield batch, count, measured(passes, options.rounds)
+        yield batch, fixed_rows(max(size, options.rows * 128 // tokens // size * size), tokens), size
+
+
+def _measured(pair: Pair, options: argparse.Namespace, ways: Mapping[str, Any], data: Any, size: int):
+    return measured({name: way.on(pair, data, size) for name, way in ways.items()}, options.rounds)
 
 
 def defaults(pair: Pair, options: argparse.Namespace):
     """What a user gets without settings, beside what most start from."""
     data, source = imdb_rows(4 * options.rows, options.longest)
-    passes = {name: way.on(pair, data, 16) for name, way in DEFAULTS.items()}
     title = f"whole epochs of {len(data)} rows, {source} cut at {options.longest}, batches of 16"
-    yield title, measured(passes, options.rounds)
+    yield title, _measured(pair, options, DEFAULTS, data, 16)
 
 
 def levers(pair: Pair, options: argparse.Namespace):
@@ -160,22 +174,30 @@ def levers(pair: Pair, options: argparse.Namespace):
     data, source = imdb_rows(4 * options.rows, options.longest)
     shares = [padded_share(data, batches_of(data, 16, grouped, 0)) for grouped in (False, True)]
     ways = LEVERS | ({"torch.compile'd student": Bare(compiled=True)} if options.compile else {})
-    passes = {name: way.on(pair, data, 16) for name, way in ways.items()}
     title = (
         f"levers on a bare loop, {len(data)} rows, {source} cut at {options.longest}, batches of 16 "
         f"(tokens computed for each real one: {shares[0]:.2f} at random, {shares[1]:.2f} grouped)"
     )
-    yield title, measured(passes, options.rounds)
+    yield title, _measured(pair, options, ways, data, 16)
 
 
 def capture(pair: Pair, options: argparse.Namespace):
-    """Losses of states and maps by capture and in the usual way, in batches of 8."""
+    """Losses of states and maps by capture and in the usual way."""
+    yield from _captured(pair, options, options.maps, f"KL + hidden + attention ({options.maps})")
+
+
+def relations(pair: Pair, options: argparse.Namespace):
+    """The same of relations between tokens."""
+    yield from _captured(pair, options, "relations", "KL + relations (Q-Q, K-K, V-V)")
+
+
+def _captured(pair: Pair, options: argparse.Namespace, maps: str, terms: str):
+    """In batches of 8."""
     for tokens in options.tokens:
         count = max(8, options.rows * 128 // tokens // 8 * 8)
         for layers, shown in (("uniform", "all mapped layers"), ("last", "the last layer alone")):
-            found = capturing.costs(pair, 8, tokens, count, layers, options.maps, options.rounds)
-            title = f"KL + hidden + attention ({options.maps}) of {shown}, {count // 8} steps of 8x{tokens}, fp32"
-            yield title, found
+            found = capturing.costs(pair, 8, tokens, count, layers, maps, options.rounds)
+            yield f"{terms} of {shown}, {count // 8} steps of 8x{tokens}, fp32", found
 
 
 PART = {
@@ -183,6 +205,7 @@ PART = {
     "defaults": defaults,
     "levers": levers,
     "capture": capture,
+    "relations": relations,
     "limits": products,
     "short": lambda pair, options: short.tables(pair, options.rows, options.short, options.rounds),
     "whole": lambda pair, options: whole.tables(options),
