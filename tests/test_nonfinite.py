@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import pytest
 import torch
 from helpers import ALL_WEIGHTS, all_losses, make_dataset, make_student, make_teacher, parameters_of, step_logs
 
-from distill_nlp import CrossEntropyLoss, KLDivergenceLoss
+from distill_nlp import CrossEntropyLoss, KLDivergenceLoss, nonfinite
 from distill_nlp.arguments import DistillationArguments
 from distill_nlp.losses.base import DistillationLoss
 from distill_nlp.manifests import checkpoints, damage
-from distill_nlp.nonfinite import NonFiniteError
+from distill_nlp.nonfinite import FiniteCheck, NonFiniteError
 
 
 class Spoilt(CrossEntropyLoss):
@@ -219,6 +220,28 @@ def test_overflows_without_end_are_an_error(scaled, optim):
         trainer.train()
     # Seen as the epoch ends, of four steps each.
     assert trainer.state.global_step == 28
+
+
+def test_overflows_in_a_row_are_counted_over_looks_at_nothing(monkeypatch):
+    """Among several ranks one looks although it has taken in nothing, as after a step that was looked at already."""
+    accelerator = types.SimpleNamespace(
+        scaler=torch.amp.GradScaler("cpu"), num_processes=2, device=torch.device("cpu"), reduce=lambda x, reduction: x
+    )
+    monkeypatch.setattr(nonfinite, "gather_object", lambda found: found)
+    check = FiniteCheck("stop", 0, accelerator, lambda step, micro: None)
+
+    def step(number, norm):
+        check.add_norm(number, torch.tensor(norm), None)
+        check.look()
+        check.look()
+
+    for number in range(24):
+        step(number, float("inf"))
+    step(24, 1.0)
+    for number in range(24):
+        step(number, float("inf"))
+    with pytest.raises(NonFiniteError, match="not finite in 25 steps in a row"):
+        step(24, float("inf"))
 
 
 def test_an_overflow_now_and_then_is_not_in_a_row(scaled):

@@ -8,11 +8,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from helpers import make_dataset, make_student, make_teacher, make_tokenizer
 
 from distill_nlp.config import ReportSection
 from distill_nlp.metrics import ClassificationMetrics, compute_metrics
-from distill_nlp.report import ReportTeacher, build_report, render_markdown, terminal_table, write_report
+from distill_nlp.report import ReportTeacher, build_report, machine, render_markdown, terminal_table, write_report
 from distill_nlp.report.render import verdict
 from distill_nlp.report.statistics import bootstrap_means, gap_closed, interval, mcnemar, seed_shifts
 
@@ -249,3 +250,8 @@ def test_a_teacher_with_permuted_labels_is_read_by_name(tmp_path):
 
     own_order = predict_logits(plain, make_tokenizer(), make_dataset(rows=12))
     assert np.allclose(result["logits"]["teacher"], own_order[:, [1, 2, 0]], atol=1e-5)
+
+
+def test_a_device_is_the_same_machine_with_and_without_its_number():
+    """A launcher numbers it."""
+    assert machine(torch.device("cpu", 0)) == machine("cpu") == machine(torch.device("cpu"))

@@ -151,8 +151,11 @@ def test_the_validation_rows_say_what_the_teacher_says_as_many_as_the_doctor_ask
 def test_the_way_to_the_first_step_is_that_of_plain_code_and_of_run(monkeypatch):
     """Each in a process, which ends at the first step: else it would end with what the training says."""
     monkeypatch.setattr(starting, "IMPORTS", {"python -c pass": "pass"})
-    # Without the passes that are not counted.
-    once = lambda ways, rounds: measuring.compared({name: [way(0)] for name, way in ways.items()})  # noqa: E731
+
+    def once(ways, rounds):
+        """Without the passes that are not counted."""
+        return measuring.compared({name: [way(0)] for name, way in ways.items()})
+
     monkeypatch.setattr(starting, "measured", once)
     (_, imports), (title, found) = starting.tables(PAIR, 48, 1)
     assert imports["python -c pass"]["cpu_ratio"] == 1

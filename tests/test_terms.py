@@ -23,6 +23,15 @@ def test_a_term_is_the_mean_over_the_steps_in_which_it_was_computed():
     assert terms.read(same) == {"loss_a": 4.0, "loss_b": 20.0}
 
 
+def test_small_parts_in_bfloat16_add_up():
+    """As FSDP gives them: a sum in bfloat16 would end at 256."""
+    terms = TermLog()
+    for _ in range(1000):
+        terms.begin_step(["a"])
+        terms.add("a", torch.tensor(1.0, dtype=torch.bfloat16))
+    assert terms.state()["sums"] == {"a": 1000.0}
+
+
 def test_reading_begins_anew():
     terms = TermLog()
     terms.begin_step(["a"])
