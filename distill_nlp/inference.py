@@ -108,6 +108,7 @@ def predict_logits(
     rows: Sequence[dict[str, Any]],
     batch_size: int = 64,
     description: str | None = None,
+    autocast: torch.dtype | None = None,
 ) -> np.ndarray:
     """The logits of every row, in the order of the rows: (N, C), float32.
 
@@ -119,6 +120,7 @@ def predict_logits(
         rows: encoded rows (`input_ids`, ...), e.g. a tokenized `datasets.Dataset` or a list of dicts.
         batch_size: rows of one forward pass.
         description: shown with a progress bar; no bar without.
+        autocast: dtype to run under, none where not given.
 
     Raises:
         DistillError: the memory does not suffice for one row.
@@ -126,7 +128,7 @@ def predict_logits(
     rows = rows if isinstance(rows, list) else rows.to_list()
     while batch_size > 1:
         try:
-            return _predict(model, tokenizer, rows, batch_size, description)
+            return _predict(model, tokenizer, rows, batch_size, description, autocast)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -134,16 +136,21 @@ def predict_logits(
         logger.warning("out of memory; going on with batches of %d", batch_size)
         free_cached()
     with memory_errors(description or "prediction", "one text of this length is too much for this device: cut texts"):
-        return _predict(model, tokenizer, rows, 1, description)
+        return _predict(model, tokenizer, rows, 1, description, autocast)
 
 
 def _predict(
-    model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], batch_size: int, description: str | None
+    model: nn.Module,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    batch_size: int,
+    description: str | None,
+    autocast: torch.dtype | None,
 ) -> np.ndarray:
     from tqdm.auto import tqdm
 
     batches = length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size)
-    found = batched_logits(model, tokenizer, ([rows[i] for i in indices] for indices in batches))
+    found = batched_logits(model, tokenizer, ([rows[i] for i in indices] for indices in batches), autocast)
     bar = tqdm(found, total=len(batches), desc=description, disable=True if description is None else None, leave=False)
     logits: np.ndarray | None = None
     for indices, outputs in zip(batches, bar, strict=True):

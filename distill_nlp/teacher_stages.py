@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from distill_nlp.cache_filling import cached_answers
+from distill_nlp.cache_use import cache_folder
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.errors import UsageError
 from distill_nlp.fingerprints import Fingerprints
@@ -104,6 +105,8 @@ class TeacherStages:
         parts = self.materials.teachers
         if self.materials.live_because is None:
             return CachedTeacher(self._answers_config, parts[0].settings.restrict_labels)
+        if self.materials.few_rows is not None and self.materials.live_because == self.materials.few_rows:
+            self.runner.say("teacher", f"runs in every step: {self.materials.few_rows}")
         return self._live([load_classifier(*self.source(part)) for part in parts])
 
     def for_rehearsal(self) -> Teacher | TeacherEnsemble:
@@ -202,7 +205,7 @@ class TeacherStages:
                 sources,
                 rows,
                 materials.tokenizer,
-                experiment.cache_dir or self.runner.root / "teacher_cache",
+                cache_folder(experiment),
                 weights=[part.settings.weight for part in materials.teachers],
                 mean=experiment.teacher.mean,
                 states=sorted(states),

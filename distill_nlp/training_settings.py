@@ -142,6 +142,13 @@ def same_budget(section: TrainingSection, arguments: DistillationArguments, rows
     return section.model_copy(update=changes)
 
 
+def rows_read(section: TrainingSection, rows: int, ranks: int) -> int:
+    """How many of so many rows a training takes at most, each as often as it is read."""
+    if section.max_steps < 1:
+        return math.ceil(rows * section.num_train_epochs)
+    return section.max_steps * section.per_device_train_batch_size * section.gradient_accumulation_steps * ranks
+
+
 def effective(section: TrainingSection, of_student: bool, problem_type: str = SINGLE_LABEL) -> dict[str, Any]:
     """The settings of a section that change what comes out in this kind of task; some are the distilled student's."""
     left_out = _COSMETIC if of_student else _COSMETIC | _OF_SEVERAL_TERMS | {"unlabeled_ratio"}

@@ -22,6 +22,7 @@ from distill_nlp.doctor.subject import Subject, stretched
 from distill_nlp.doctor.timing import check_run_time
 from distill_nlp.durable_files import write_json
 from distill_nlp.fingerprints import Fingerprints
+from distill_nlp.inference import predict_logits
 from distill_nlp.manifests import write_manifest
 from distill_nlp.materials import Materials
 from distill_nlp.pipeline import Pipeline
@@ -327,7 +328,7 @@ def answering(monkeypatch):
     """`answering(function of the labels)`: what every teacher says."""
 
     def put(say):
-        def logits(model, tokenizer, rows, *_):
+        def logits(model, tokenizer, rows, *_, **__):
             labels = np.array([row["labels"] for row in rows])
             return np.eye(model.config.num_labels)[say(labels)] * 2.0
 
@@ -352,6 +353,20 @@ def test_a_teacher_that_knows_the_task_is_ok_with_its_softness(parts, tmp_path, 
     assert found["teacher softness"].level == "ok"
     assert "temperatures: kl 2" in found["teacher softness"].what
     assert "teacher dropout" not in found
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_teacher_answers_in_the_precision_of_the_run(parts, tmp_path, bf16, dtype, monkeypatch):
+    computed = set()
+
+    def looked_at(model, *arguments, **settings):
+        linear = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+        linear.register_forward_hook(lambda module, given, out: computed.add(out.dtype))
+        return predict_logits(model, *arguments, **settings)
+
+    monkeypatch.setattr(examination, "predict_logits", looked_at)
+    quick(parts(teacher__model=classifier(tmp_path), training__bf16=bf16))
+    assert computed == {dtype}
 
 
 def test_the_sample_has_the_size_that_is_asked_for(parts, tmp_path, answering):

@@ -315,6 +315,13 @@ def test_a_round_starts_with_another_variant_and_ratios_are_of_one_round():
     assert found["b"]["seconds"] == 6.0
 
 
+def test_the_quickest_passes_are_compared_whatever_their_rounds():
+    found = measuring.compared({"a": [(4.0, 1.0), (2.0, 1.0)], "b": [(3.0, 1.0), (9.0, 1.0)]})
+    assert [figures["quickest_ratio"] for figures in found.values()] == [1.0, 1.5]
+    assert found["b"]["ratio"] == pytest.approx((3 / 4 + 9 / 2) / 2)
+    assert measuring.compared({"a": [(4.0, 1.0)]})["a"]["quickest_ratio"] is None
+
+
 @pytest.mark.parametrize(
     ("given", "part", "shown"),
     [
@@ -477,29 +484,42 @@ def test_whole_runs_are_timed_once_with_accuracy(runs, tmp_path):
     assert runs.commands[-1][-2:] == ["--training.bf16", "true"]
 
 
-def test_stages_of_a_run_are_timed_with_the_pieces_of_its_student(runs, tmp_path):
+def test_stages_of_a_run_are_timed_with_their_pieces(runs, tmp_path):
     step = DistillationTrainer.training_step
-    (title, stages), (_, busy) = whole.stage_tables(runs())
+    (title, stages), (_, pieces) = whole.stage_tables(runs())
     assert "40 train, 12 validation, 16 test" in title
-    seconds = {name: figures["seconds"] for name, figures in stages.items()}
-    assert seconds == {"teacher": 11, "student": 12, "baseline": 13, "report": 14}
     assert (tmp_path / "work" / "stages" / "run" / "report.md").is_file()
-
-    pieces = [busy[name]["seconds"] for name in (*idle.WORK, idle.IDLE)]
-    assert all(value > 0 for value in pieces)
-    assert sum(pieces) == pytest.approx(busy[idle.STAGE]["seconds"])
-    assert busy[idle.STAGE]["share"] == 1
-    # The process is timed from outside.
-    assert busy[idle.PROCESS] == {"seconds": 12, "share_of_process": 1}
-    assert busy[idle.AROUND]["seconds"] == pytest.approx(12 - busy[idle.STAGE]["seconds"])
-    assert busy[idle.AROUND]["share_of_process"] == pytest.approx(busy[idle.AROUND]["seconds"] / 12)
-    assert "share" not in busy[idle.AROUND]
+    assert "--stages" not in runs.commands[0]
     assert DistillationTrainer.training_step is step
-    assert "| forward and backward |" in measuring.table("", busy)
+    found = json.loads((tmp_path / "work" / "stages" / "pieces.json").read_text())
+    trained = {idle.FORWARD, idle.STEP, idle.RUN}
+    assert {name: set(own) for name, own in found.items()} == {
+        "teacher": trained | {idle.EVALUATION},
+        "baseline": trained | {idle.EVALUATION},
+        "student": trained | {idle.EVALUATION, idle.ANSWERS},
+        "report": {idle.ANSWERS, idle.SPEED, idle.RUN},
+    }
+    assert all(value > 0 for own in found.values() for value in own.values())
+
+    # The process is timed from outside.
+    assert list(stages) == ["teacher", "baseline", "student", "report", idle.AROUND, idle.RUN]
+    assert stages[idle.RUN]["seconds"] == 11
+    assert stages[idle.AROUND] == {
+        "seconds": pytest.approx(11 - sum(own[idle.RUN] for own in found.values())),
+        "share": pytest.approx(stages[idle.AROUND]["seconds"] / 11),
+        "idle": 1.0,
+    }
+    work = sum(value for own in found.values() for name, value in own.items() if name != idle.RUN)
+    assert stages[idle.RUN]["idle"] == pytest.approx(1 - work / 11)
+    assert sum(stages[name]["idle"] * stages[name]["seconds"] for name in (*idle.STAGES, idle.AROUND)) == pytest.approx(
+        pieces[idle.IDLE]["seconds"]
+    )
+    assert sum(figures["seconds"] for name, figures in pieces.items() if name != idle.RUN) == pytest.approx(11)
+    assert "| clipping and optimizer |" in measuring.table("", pieces)
 
     # Again: what is finished is not done again.
-    assert list(whole.stage_tables(runs()))[1][1] == busy
-    assert len(runs.commands) == 4
+    assert list(whole.stage_tables(runs()))[1][1] == pieces
+    assert len(runs.commands) == 1
 
 
 def test_both_ways_start_from_the_same_weights(runs, monkeypatch):
@@ -569,23 +589,28 @@ def test_each_seed_begins_with_the_other_way(runs, monkeypatch):
     assert found[whole.OURS]["accuracy"][0] > found[whole.PLAIN]["accuracy"][0]
 
 
-def test_only_the_outermost_piece_inside_the_stage_counts():
+def test_only_the_outermost_piece_inside_a_stage_counts():
     watch = idle.Stopwatch()
-    step = watch.around(idle.STEP, lambda: None)
-    evaluation = watch.around(idle.EVALUATION, step)
+    step = watch.piece(idle.STEP, lambda: None)
+    evaluation = watch.piece(idle.EVALUATION, step)
     evaluation()
-    assert set(watch.seconds.values()) == {0.0}
-    watch.around(idle.STAGE, evaluation)()
-    assert {name for name, value in watch.seconds.items() if value} == {idle.EVALUATION, idle.STAGE}
+    assert watch.seconds == {}
+    watch.stage("teacher", evaluation)()
+    watch.stage("student", step)()
+    step()
+    assert {name: list(own) for name, own in watch.seconds.items()} == {
+        "teacher": [idle.EVALUATION, idle.RUN],
+        "student": [idle.STEP, idle.RUN],
+    }
 
 
-def test_an_idle_share_of_a_run_that_failed_or_trained_nothing_is_none(runs, tmp_path):
-    found = whole.WholeRuns(runs())
-    with pytest.raises(SystemExit, match="ended with code 2 or trained no student"):
+def test_an_idle_share_of_a_run_that_failed_or_did_a_part_is_none(runs, tmp_path):
+    with pytest.raises(SystemExit, match="ended with code 2"):
         idle.pieces_of(["run", str(tmp_path / "nothing.yaml")])
+    found = whole.WholeRuns(runs())
     found.make_teacher()
     # The teacher is there: nothing is done.
-    with pytest.raises(SystemExit, match="ended with code 0 or trained no student"):
+    with pytest.raises(SystemExit, match=r"ended with code 0; not run: \['teacher', 'baseline'"):
         idle.pieces_of(runs.commands[0][3:])
 
 

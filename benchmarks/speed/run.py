@@ -12,9 +12,9 @@
     python benchmarks/speed/run.py ... --write      # puts the tables of these parts into benchmarks/SPEED.md
 
 All variants of a part train over the same rows in turn, round after round, in an order that moves on by one each round;
-each time is divided by that of the part's first variant in the same round. Shown are the median of these ratios and
-their range. The first pass of each is not counted. Weights and tokens are random, but for those of `whole`, where a
-round is a seed, and of `stages`.
+each time is divided by that of the part's first variant in the same round. Shown are the median of these ratios, their
+range, and the ratio of the quickest passes, which other work on the machine weighs on least. The first pass of each is
+not counted. Weights and tokens are random, but for those of `whole`, where a round is a seed, and of `stages`.
 """
 
 from __future__ import annotations

@@ -13,13 +13,12 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import load_dataset
-from idle import figures
+from idle import piece_figures, stage_figures
 from measuring import Figures, Seconds, compared
 from plain import half_of
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -54,15 +53,15 @@ def tables(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Figures
 
 
 def stage_tables(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Figures]]]:
-    """The stages of one run, each a process of its own, and what the student's is busy with.
+    """The stages of one run with its defaults, all in one process, and what this one is busy with.
 
     Args:
         options: see `WholeRuns`; the first of its seeds is run.
     """
     runs = WholeRuns(options)
-    stages, pieces = runs.stages()
-    yield f"stages of distill-nlp run, {options.epochs:g} epochs on {runs.title}", stages
-    yield "the student's process", pieces
+    found, seconds = runs.stages()
+    yield f"stages of distill-nlp run, {options.epochs:g} epochs on {runs.title}", stage_figures(found, seconds)
+    yield "the pieces of all stages", piece_figures(found, seconds)
 
 
 class WholeRuns:
@@ -93,8 +92,6 @@ class WholeRuns:
             "data.validation_split": "validation",
             "data.max_length": self.longest,
             "teacher.model": self.checkpoint,
-            # What is set for the students does not change the teacher.
-            "teacher.training.precision": "fp32",
             "student.from_teacher.layers": half_of(AutoConfig.from_pretrained(self.checkpoint).num_hidden_layers),
             "losses.ce.weight": 0.3,
             "losses.kl.weight": 0.7,
@@ -102,6 +99,8 @@ class WholeRuns:
             "training.num_train_epochs": self.epochs,
         }
         self.settings = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+        # One teacher for both ways, whatever is set for the students.
+        self.shared = [*self.settings, "--teacher.training.precision", "fp32"]
         self.more = shlex.split(options.settings)
         self.teacher = self.work / "teacher" / "run" / "teacher"
 
@@ -121,7 +120,7 @@ class WholeRuns:
             SystemExit: there is nothing to fine-tune.
         """
         run = self.teacher.parent
-        (seconds,) = self._once(("teacher", _distill(run, 0, "teacher", self.settings), lambda: _emptied(run)))
+        (seconds,) = self._once(("teacher", _distill(run, 0, "teacher", self.shared), lambda: _emptied(run)))
         if not self.teacher.exists():
             raise SystemExit(
                 f"--teacher {self.checkpoint} is a classifier for these labels already, so that no teacher was made: "
@@ -136,7 +135,7 @@ class WholeRuns:
         given |= {"output": folder, "epochs": self.epochs, "max_length": self.longest}
         words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
         plain = [sys.executable, str(Path(__file__).with_name("plain.py")), *words]
-        ours = _distill(run, seed, "student", [*self.settings, *self.more])
+        ours = _distill(run, seed, "student", [*self.shared, *self.more])
         ways = {
             PLAIN: (f"seed-{seed}/plain", plain, lambda: _emptied(folder)),
             OURS: (f"seed-{seed}/student", ours, lambda: self._prepare(run)),
@@ -144,21 +143,15 @@ class WholeRuns:
         names = list(ways)[:: -1 if ours_first else 1]
         return dict(zip(names, self._once(*(ways[name] for name in names)), strict=True))
 
-    def stages(self) -> tuple[dict[str, Figures], dict[str, Figures]]:
-        """Seconds of each stage of a run with the first seed, and those of the pieces of its student's process."""
-        seed, run = self.seeds[0], self.work / "stages" / "run"
+    def stages(self) -> tuple[dict[str, dict[str, float]], float]:
+        """Seconds of the pieces of each stage of a run with the first seed, its teacher's too, and of the process."""
+        run = self.work / "stages" / "run"
         # Outside the run's folder, which is emptied first.
         path = self.work / "stages" / "pieces.json"
-        seconds = {"teacher": self.make_teacher()[0]}
-        for stage in ("student", "baseline", "report"):
-            command = _distill(run, seed, stage, [*self.settings, *self.more])
-            if stage == "student":
-                command = [sys.executable, str(Path(__file__).with_name("idle.py")), str(path), *command[3:]]
-            prepare = partial(self._prepare, run) if stage == "student" else partial(_emptied, run / stage)
-            seconds[stage] = self._once((f"stages/{stage}", command, prepare))[0][0]
-        return {name: {"seconds": value} for name, value in seconds.items()}, figures(
-            read_json(path), seconds["student"]
-        )
+        command = [*_distill(run, self.seeds[0], None, self.settings), *self.more]
+        command = [sys.executable, str(Path(__file__).with_name("idle.py")), str(path), *command[3:]]
+        ((seconds, _),) = self._once(("stages/run-times", command, lambda: _emptied(run)))
+        return read_json(path), seconds
 
     def accuracy(self, folder: Path) -> float:
         """Of the checkpoint there, on the test rows."""
@@ -194,8 +187,9 @@ class WholeRuns:
         return [tuple(found["seconds"]) for found in kept]
 
 
-def _distill(run: Path, seed: int, stage: str, settings: list[str]) -> list[str]:
-    command = [sys.executable, "-m", "distill_nlp", "run", str(RECIPE), "--stages", stage]
+def _distill(run: Path, seed: int, stage: str | None, settings: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "distill_nlp", "run", str(RECIPE)]
+    command += [] if stage is None else ["--stages", stage]
     return [*command, "--output_dir", str(run), "--seeds", str(seed), *settings]
 
 

@@ -13,7 +13,7 @@ from distill_nlp.doctor.findings import Finding, guarded
 from distill_nlp.doctor.fitting import check_student_memory
 from distill_nlp.doctor.labels import check_labels
 from distill_nlp.doctor.multi_label import check_class_rates, check_multi_label_teacher
-from distill_nlp.doctor.subject import SPLITS, Subject
+from distill_nlp.doctor.subject import AUTOCAST, SPLITS, Subject
 from distill_nlp.doctor.teacher_accuracy import check_softness, check_teacher_accuracy
 from distill_nlp.doctor.timing import check_run_time
 from distill_nlp.doctor.trace import no_trace
@@ -265,7 +265,10 @@ def _answers(subject: Subject, part: TeacherPart, accuracy_rows: int) -> list[Fi
     names = materials.label_names
     wanted = type(model.config)(**label_arguments(names))
     order = label_order(model.config, wanted, part.settings.restrict_labels)
-    logits = predict_logits(model, part.tokenizer, encoded, min(training.per_device_eval_batch_size, 16))
+    # As the students are to learn from them.
+    autocast = AUTOCAST.get(materials.mixed_precision)
+    size = min(training.per_device_eval_batch_size, 16)
+    logits = predict_logits(model, part.tokenizer, encoded, size, autocast=autocast)
     if order is not None:
         logits = logits[:, order]
     labels = np.array([row["labels"] for row in encoded])
