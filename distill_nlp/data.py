@@ -15,6 +15,7 @@ from distill_nlp.config import SYNTHETIC, DataSection
 from distill_nlp.data_files import load_split, unlabeled_folder
 from distill_nlp.data_labels import check_classes, check_same_kind, label_names, problem_type_of, unlabeled, with_labels
 from distill_nlp.errors import UsageError
+from distill_nlp.label_numbers import as_in_train
 from distill_nlp.labels import label_order, spellings
 from distill_nlp.losses.base import MULTI_LABEL, SINGLE_LABEL, ProblemType
 
@@ -72,7 +73,7 @@ def load_splits(config: DataSection, teacher_train_split: str | None = None) -> 
     def labeled(split: str) -> Any:
         raw = columns_of(load(split), config, split)
         check_same_kind(raw, config, split, problem_type)
-        return with_labels(raw, config, split, names)
+        return with_labels(as_in_train(raw, raw_train.features["labels"], config, split, names), config, split, names)
 
     aside = unlabeled_folder(config.dataset, config.train_split) if config.unlabeled is None else None
     if aside is not None:

@@ -35,7 +35,7 @@ def load_split(dataset: str, split: str, config_name: str | None = None, revisio
 
     Args:
         dataset: a local folder or file, or a Hub id.
-        split: of a folder, a file `split.ext`, files `split-*.ext`, or a sub-folder `split/` (for txt with one
+        split: of a folder, a file `split.ext`, else files `split-*.ext`, or a sub-folder `split/` (for txt with one
             folder per label). A single file is the split "train".
         config_name, revision: of a Hub data set.
 
@@ -74,8 +74,8 @@ def local_path(name: str, setting: str) -> Path:
 def _load_local(path: Path, split: str) -> Any:
     if is_saved(path):
         return load_saved(path, split)
-    if label_folders := _label_folders(path, split):
-        return _read_label_folders(label_folders)
+    if folders := label_folders(path, split):
+        return _read_label_folders(folders)
     return _read(split_files(path, split))
 
 
@@ -112,22 +112,34 @@ def split_files(path: Path, split: str) -> list[Path]:
 
 
 def _files_of(path: Path, split: str) -> list[Path]:
-    named = (p for p in path.iterdir() if p.stem == split or p.stem.startswith(f"{split}-"))
-    return sorted(p for p in named if p.suffix in LOADERS)
+    """Of just its name; else its shards, `train-00000-of-00002`; else all that begin with its name and a hyphen.
+
+    Beside `train.csv`, a `train-small.csv` is another split.
+    """
+    files = [p for p in path.iterdir() if p.suffix in LOADERS]
+    parts = [p for p in files if p.stem.startswith(f"{split}-")]
+    shards = [p for p in parts if p.stem.removeprefix(f"{split}-")[:1].isdecimal()]
+    return sorted([p for p in files if p.stem == split] or shards or parts)
 
 
-def _label_folders(path: Path, split: str) -> list[Path]:
-    """Folders below that of the split, where that is what it is made of."""
+def label_folders(path: Path, split: str) -> list[Path]:
+    """Folders below that of the split, where that is what it is made of, and not tables that lie beside them.
+
+    None that a system or an editor leaves (`.ipynb_checkpoints`, `__MACOSX`). The IMDB archive has lists as txt there.
+    """
     if path.is_file() or not (path / split).is_dir() or _files_of(path, split):
         return []
-    return sorted(p for p in (path / split).iterdir() if p.is_dir() and p.name != _UNLABELED)
+    inside = sorted((path / split).iterdir())
+    if any(p.suffix in LOADERS and p.suffix != ".txt" for p in inside):
+        return []
+    return [p for p in inside if p.is_dir() and p.name != _UNLABELED and not p.name.startswith((".", "__"))]
 
 
 def unlabeled_folder(dataset: str, split: str) -> Path | None:
     """The texts without labels that the original IMDB archive has among the folders of its labels."""
     path = Path(dataset).expanduser()
     folder = path / split / _UNLABELED
-    return folder if folder.is_dir() and _label_folders(path, split) else None
+    return folder if folder.is_dir() and label_folders(path, split) else None
 
 
 def load_saved(path: Path, split: str) -> Any:

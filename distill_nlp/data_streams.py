@@ -21,6 +21,7 @@ from distill_nlp.data_labels import (
     with_vectors,
 )
 from distill_nlp.errors import UsageError
+from distill_nlp.label_numbers import as_in_train, refuse_numbers, refuse_other_order
 from distill_nlp.losses.base import IGNORE_INDEX, MULTI_LABEL, SINGLE_LABEL, ProblemType
 from distill_nlp.stream_files import Source, open_source
 
@@ -156,7 +157,12 @@ def load_streamed_splits(config: DataSection, teacher_train_split: str | None = 
             wanted_columns(rows.column_names, config, split)
         check_same_kind(rows, config, split, problem_type)
     names = _names(feature, {split: rows for split, (rows, _) in held_out.items()}, config)
-    labeled = {split: with_labels(rows, config, split, names) for split, (rows, _) in held_out.items()}
+    if config.label_names is None:
+        first = next(source.blocks([config.label_column]), {config.label_column: []})[config.label_column]
+        for rows, _ in held_out.values():
+            refuse_numbers(first, rows.features["labels"], config, config.train_split, names)
+    alike = {split: as_in_train(rows, feature, config, split, names) for split, (rows, _) in held_out.items()}
+    labeled = {split: with_labels(rows, config, split, names) for split, rows in alike.items()}
     # One and the same in a sweep, which reads no test rows.
     validation, test = labeled[config.validation_split], labeled[config.test_split]
     kept = frozenset(digest({"text": row[0], **_pair(row)}) for part in (validation, test) for row in texts_of(part))
@@ -165,6 +171,7 @@ def load_streamed_splits(config: DataSection, teacher_train_split: str | None = 
     teacher_train, unlabeled = train, None
     if teacher_train_split is not None and teacher_train_split != config.train_split:
         own = _open(config, teacher_train_split)
+        refuse_other_order(_label_feature(own, config), feature, teacher_train_split, names)
         teacher_train = StreamedSplit(own, config, teacher_train_split, names, problem_type, held_out=kept)
     if config.unlabeled is not None:
         is_file = Path(config.unlabeled).expanduser().is_file()

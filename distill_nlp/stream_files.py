@@ -19,6 +19,7 @@ from distill_nlp.data_files import (
     check_quotes,
     first_line,
     is_saved,
+    label_folders,
     load_saved,
     local_path,
     split_files,
@@ -82,10 +83,9 @@ def open_source(
 
 
 def _files(path: Path, split: str) -> list[Path]:
-    folder = path / split
-    if folder.is_dir() and any(p.is_dir() for p in folder.iterdir()):
+    if label_folders(path, split):
         raise UsageError(
-            f"data.streaming: {folder} has a folder per label, which is not streamed; write its texts into "
+            f"data.streaming: {path / split} has a folder per label, which is not streamed; write its texts into "
             f"{split}.jsonl, or leave data.streaming out"
         )
     return split_files(path, split)

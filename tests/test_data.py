@@ -277,3 +277,35 @@ def test_a_tsv_whose_quotation_marks_take_in_rows_is_refused(tmp_path):
     for split in ("train", "test"):
         frame.to_csv(tmp_path / f"{split}.tsv", sep="\t", index=False)
     assert load_splits(section(tmp_path)).test["text"] == list(frame["text"])
+
+
+def test_a_file_of_just_the_splits_name_is_the_split(tmp_path):
+    for name, count in (("train", 12), ("train-small", 6), ("test", 6), ("test-hard", 4)):
+        frame(ROWS[:count]).to_csv(tmp_path / f"{name}.csv", index=False)
+    splits = load_splits(section(tmp_path, validation_fraction=0.25))
+    assert (len(splits.train) + len(splits.validation), len(splits.test)) == (12, 6)
+    # Shards are numbered; beside them, another name is another split.
+    (tmp_path / "train.csv").rename(tmp_path / "train-00000-of-00002.csv")
+    frame(ROWS[:8]).to_csv(tmp_path / "train-00001-of-00002.csv", index=False)
+    splits = load_splits(section(tmp_path, validation_fraction=0.25))
+    assert len(splits.train) + len(splits.validation) == 20
+    assert len(load_splits(section(tmp_path, train_split="train-small", validation_fraction=0.25)).test) == 6
+
+
+@pytest.mark.parametrize("left", [".ipynb_checkpoints", "__MACOSX", "notes"])
+def test_a_folder_beside_the_files_of_a_split_makes_no_labels(tmp_path, left):
+    for split, count in (("train", 12), ("test", 6)):
+        (tmp_path / split / left).mkdir(parents=True)
+        frame(ROWS[:count]).to_csv(tmp_path / split / "part-0.csv", index=False)
+    splits = load_splits(section(tmp_path, validation_fraction=0.25))
+    assert len(splits.train) + len(splits.validation) == 12
+
+
+def test_a_folder_that_an_editor_left_is_no_class(tmp_path):
+    for split in ("train", "test"):
+        for label in ("neg", "pos", ".ipynb_checkpoints"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(4):
+                (tmp_path / split / label / f"{i}.txt").write_text(f"{split} {label} {i}")
+        (tmp_path / split / "urls_neg.txt").write_text("http://example.org\n")
+    assert load_splits(section(tmp_path, validation_fraction=0.5)).label_names == ["neg", "pos"]
