@@ -112,7 +112,7 @@ class TeacherSection(TeacherMember):
     )
     mean: Literal["probabilities", "logits"] = Field("probabilities", description="what an ensemble takes the mean of")
     cache: bool = Field(
-        True, description="keep its answers on disk, where that saves passes over rows; false: it runs in every step"
+        True, description="keep its answers on disk, where no loss compares tokens; false: it runs in every step"
     )
     cache_dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="of the answers on disk; half precision rounds by up to 2^-11 or 2^-8 of each value"

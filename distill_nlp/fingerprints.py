@@ -16,7 +16,7 @@ from distill_nlp.loading import checkpoint_print
 from distill_nlp.materials import Materials
 from distill_nlp.stages import Fingerprint, StageFolder
 from distill_nlp.teacher_parts import TeacherPart
-from distill_nlp.tokenization import tokenizer_hash
+from distill_nlp.tokenizers_compared import tokenizer_hash
 from distill_nlp.training_settings import effective
 
 
@@ -43,6 +43,15 @@ class Fingerprints:
     def teachers(self) -> list[Fingerprint]:
         """One for each teacher."""
         return [self._teacher(part) for part in self.materials.teachers]
+
+    @property
+    def given(self) -> Fingerprint:
+        """What all students learn from and are measured by, whatever their settings: rows and teachers."""
+        pool = self.materials.splits.unlabeled
+        rows = {"train": self._rows_print("train")}
+        if pool is not None:
+            rows["unlabeled"] = self._rows_print("unlabeled")
+        return plain({"data": self.materials.data_print | rows, "teachers": self.teachers})
 
     def _teacher(self, part: TeacherPart) -> Fingerprint:
         settings = part.settings

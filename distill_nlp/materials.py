@@ -11,7 +11,6 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 from transformers import PreTrainedModel
 
-from distill_nlp.cache_use import few_rows_read, why_live
 from distill_nlp.checkpoint_checks import check_embeddings
 from distill_nlp.config import TRAIN_TOKENIZER, Experiment, LossSection
 from distill_nlp.data import Splits, content_hash, load_splits
@@ -26,8 +25,10 @@ from distill_nlp.objective import DistillationObjective
 from distill_nlp.parameter_groups import check_parts
 from distill_nlp.stages import Fingerprint
 from distill_nlp.student import build_student
+from distill_nlp.teacher_cache import PRECISIONS
 from distill_nlp.teacher_parts import TeacherPart, assign_tokenizers, prepared
-from distill_nlp.tokenization import token_difference, tokenize, tokenizer_hash
+from distill_nlp.tokenization import tokenize
+from distill_nlp.tokenizers_compared import token_difference, tokenizer_hash
 from distill_nlp.training_settings import mixed_precision
 
 
@@ -44,7 +45,7 @@ class Materials:
 
     def seen_by(self, experiment: Experiment) -> Materials:
         """The same data, teachers and tokenizers for another phase of the student's training."""
-        _ = self.student_rows, self.few_rows
+        _ = self.student_rows
         other = copy.copy(self)
         other.experiment = experiment
         for own in ("objective", "mixed_precision", "live_because"):
@@ -298,16 +299,17 @@ class Materials:
     @cached_property
     def live_because(self) -> str | None:
         """Why the teacher has to run in every step of the students; None where its cached logits do."""
-        return why_live(self.experiment, self.objective, self.mixed_precision, self.few_rows)
-
-    @cached_property
-    def few_rows(self) -> str | None:
-        """See `few_rows_read`; of all phases together, as they share the cache."""
-        splits = self.splits
-        if splits.streams is not None:
-            return None
-        rows = len(splits.train) + (0 if splits.unlabeled is None else len(splits.unlabeled))
-        return few_rows_read(self.experiment, rows, self.state.num_processes)
+        if not self.experiment.teacher.cache:
+            return "teacher.cache is false"
+        if not self.objective.needs_teacher:
+            return "no loss needs the teacher"
+        if self.experiment.data.streaming:
+            return "rows of a stream are not cached (data.streaming)"
+        if reading := self.objective.token_level():
+            return f"losses {', '.join(reading)} compare token by token, and tokens' states are not cached"
+        if self.mixed_precision not in PRECISIONS:
+            return f"logits are not cached under {self.mixed_precision}"
+        return None
 
     @property
     def _sizes(self) -> dict[str, Any]:

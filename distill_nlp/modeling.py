@@ -65,14 +65,22 @@ def shape_of(model: nn.Module, like: ModelShape | None) -> ModelShape:
     return ModelShape(num_labels=like.num_labels, problem_type=like.problem_type)
 
 
-def accepted_arguments(model: nn.Module) -> set[str] | None:
+def accepted_arguments(model: Any, config: Any = None) -> set[str] | None:
     """Names that the model's forward declares, or None if it takes any (only `**kwargs`).
 
     Transformers models also swallow unknown names silently: a DistilBERT given `token_type_ids` ignores them. So each
-    model gets what it declares.
+    model gets what it declares. A RoBERTa declares them and knows segment 0 alone: there they say nothing, and those of
+    a tokenizer that numbers the second text 1 are refused by its embedding.
+
+    Args:
+        model: or its class.
+        config: of a class; a model has its own.
     """
     parameters = inspect.signature(bare_model(model).forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    config = getattr(bare_model(model), "config", None) if config is None else config
+    if getattr(config, "type_vocab_size", None) == 1:
+        named.discard("token_type_ids")
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
     return None if takes_any and not named else named
 

@@ -16,7 +16,7 @@ from distill_nlp.loading import is_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import SINGLE_LABEL, ModelShape, ProblemType
 from distill_nlp.student import label_arguments, load_for_labels, model_from_config, task_settings
 from distill_nlp.teacher import TEACHER_PREFIX
-from distill_nlp.tokenization import token_difference
+from distill_nlp.tokenizers_compared import token_difference
 
 
 class TeacherPart:

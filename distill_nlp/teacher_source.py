@@ -94,8 +94,8 @@ class TeacherSource:
 
     @property
     def accepted(self) -> set[str] | None:
-        """Names that the teacher's forward declares, None if it takes any."""
-        return accepted_arguments(self.model if self._given is not None else self._class)
+        """Names that the teacher's forward takes, None if it takes any."""
+        return accepted_arguments(self._class if self._given is None else self._given, self.config)
 
     @cached_property
     def _weights(self) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
 from distill_nlp.cache_filling import cached_answers
-from distill_nlp.cache_use import cache_folder
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.errors import UsageError
 from distill_nlp.fingerprints import Fingerprints
@@ -28,7 +28,10 @@ from distill_nlp.teacher_cache import PRECISIONS
 from distill_nlp.teacher_parts import TeacherPart
 from distill_nlp.teacher_source import TeacherSource
 from distill_nlp.training_rows import teacher_rows
-from distill_nlp.training_settings import training_arguments
+from distill_nlp.training_settings import rows_read, training_arguments
+
+LEAST_READ = 0.5
+"""Share of the rows; with less, filling the cache takes more than twice the passes that it saves."""
 
 
 class TeacherStages:
@@ -105,8 +108,6 @@ class TeacherStages:
         parts = self.materials.teachers
         if self.materials.live_because is None:
             return CachedTeacher(self._answers_config, parts[0].settings.restrict_labels)
-        if self.materials.few_rows is not None and self.materials.live_because == self.materials.few_rows:
-            self.runner.say("teacher", f"runs in every step: {self.materials.few_rows}")
         return self._live([load_classifier(*self.source(part)) for part in parts])
 
     def for_rehearsal(self) -> Teacher | TeacherEnsemble:
@@ -130,6 +131,10 @@ class TeacherStages:
             return members[0]
         return TeacherEnsemble(members, [part.settings.weight for part in parts], self.experiment.teacher.mean)
 
+    @property
+    def _cache_folder(self) -> Path:
+        return Path(self.experiment.cache_dir or self.runner.root / "teacher_cache")
+
     @cached_property
     def _answers_config(self) -> Any:
         """A config whose labels are those of the cached logits: the teacher's own, or the data's for an ensemble."""
@@ -146,6 +151,8 @@ class TeacherStages:
         cached = self.materials.live_because is None
         if not cached and data.unlabeled_min_confidence is None and not data.pseudo_labels:
             return self.materials.student_rows
+        if cached:
+            self._tell_of_few_rows()
         rows = self._answered(self.materials.objective.pooled_states() if cached else set())
         config, restrict = self._answers_config, self.materials.lead.settings.restrict_labels
         order = label_order(config, self._with_data_labels(config), restrict)
@@ -161,6 +168,22 @@ class TeacherStages:
         except ValueError as error:
             raise UsageError(f"data.unlabeled: {error}") from error
         return rows if cached else rows.remove_columns(TEACHER_LOGITS)
+
+    def _tell_of_few_rows(self) -> None:
+        """A hint, no change: what a run computes follows from its settings alone, wherever it goes on."""
+        experiment, data = self.experiment, self.experiment.data
+        asked_for = "cache" in experiment.teacher.model_fields_set or experiment.cache_dir is not None
+        read_by_more = bool(self.prints.experiment.phases) or data.unlabeled_min_confidence is not None
+        if asked_for or read_by_more or data.pseudo_labels or self._cache_folder.exists():
+            return
+        rows = len(self.materials.student_rows)
+        read = len(experiment.seeds) * rows_read(experiment.training, rows, self.runner.state.num_processes)
+        if read < LEAST_READ * rows:
+            self.runner.say(
+                "teacher cache",
+                f"answers {rows:,} rows, of which the students read {read:,}; --teacher.cache false asks the teacher "
+                "for these alone",
+            )
 
     def _tell_of_soft_targets(self, rows: Any, order: list[int] | None) -> None:
         try:
@@ -205,7 +228,7 @@ class TeacherStages:
                 sources,
                 rows,
                 materials.tokenizer,
-                cache_folder(experiment),
+                self._cache_folder,
                 weights=[part.settings.weight for part in materials.teachers],
                 mean=experiment.teacher.mean,
                 states=sorted(states),

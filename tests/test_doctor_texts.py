@@ -202,7 +202,7 @@ def difference(monkeypatch):
 
     def put(said):
         module = SimpleNamespace(token_difference=lambda first, second: said)
-        monkeypatch.setitem(sys.modules, "distill_nlp.tokenization", module)
+        monkeypatch.setitem(sys.modules, "distill_nlp.tokenizers_compared", module)
 
     return put
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import DistributedType
 from helpers import all_losses, make_batch, make_student, make_teacher, seeded
 from torch import nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from distill_nlp import CrossEntropyLoss, DistillationModel, DistillationObjective, HiddenStateLoss, KLDivergenceLoss
 from distill_nlp.modeling import accepted_arguments, autocast_of
@@ -124,3 +125,12 @@ def test_what_the_trainer_asks_of_a_model_is_the_students():
     assert model.num_parameters() == model.student.num_parameters()
     assert model._no_split_modules == model.student._no_split_modules
     assert not model.accepts_loss_kwargs
+
+
+def test_segments_are_left_out_where_a_model_knows_one_alone():
+    one = RobertaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, type_vocab_size=1)
+    model = RobertaForSequenceClassification(one)
+    assert "token_type_ids" not in accepted_arguments(model)
+    assert "token_type_ids" not in accepted_arguments(RobertaForSequenceClassification, one)
+    one.type_vocab_size = 2
+    assert "token_type_ids" in accepted_arguments(RobertaForSequenceClassification(one))

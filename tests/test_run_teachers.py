@@ -340,3 +340,33 @@ def test_with_and_without_the_pool_are_one_baseline_where_the_number_of_steps_is
     config = experiment(losses=KL, data__unlabeled=pool, **epochs)
     assert main(["run", str(config), "--stages", "baseline"]) == 0
     assert "unlabeled_rows: 0 → 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "hinted"),
+    [
+        ({}, True),
+        ({"seeds": [0, 1]}, False),
+        ({"training__gradient_accumulation_steps": 2}, False),
+        ({"teacher__cache": True}, False),
+        ({"cache_dir": "cache"}, False),
+        ({"training__max_steps": 3}, False),
+        ({"training": {"num_train_epochs": 0.4, "eval_strategy": "no"}}, True),
+    ],
+)
+def test_a_cache_of_far_more_rows_than_are_read_is_said(experiment, tmp_path, capsys, no_doctor, changes, hinted):
+    if "cache_dir" in changes:
+        changes = {"cache_dir": str(tmp_path / "cache")}
+    config = str(experiment(**({"losses": {"kl": {}}, "training__max_steps": 2} | changes)))
+    run = ["run", config, "--stages", "teacher,student", "--teacher.training.max_steps", "1"]
+    assert main(run) == 0
+    hint = (
+        "teacher cache        answers 40 rows, of which the students read 16; --teacher.cache false asks the teacher "
+        "for these alone"
+    )
+    assert (hint in capsys.readouterr().err) is hinted
+    # The answers are there now.
+    assert main([*run, "--training.learning_rate", "0.001"]) == 0
+    said = capsys.readouterr().err
+    assert "100.0% there" in said
+    assert "of which the students read" not in said

@@ -223,3 +223,24 @@ def test_each_pruner_has_its_name():
     assert isinstance(make_pruner("none"), optuna.pruners.NopPruner)
     assert isinstance(make_pruner("median"), optuna.pruners.MedianPruner)
     assert isinstance(make_pruner("hyperband"), optuna.pruners.HyperbandPruner)
+
+
+def test_half_a_line_is_dropped_by_whoever_writes_next(open_study, tmp_path):
+    """A disk was full while one worker wrote, and had room again when another did, which had been there before."""
+    study = open_study(trials=3)
+    journal = tmp_path / "s" / JOURNAL
+    claim = study.claim()
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"torn')
+    claim.finish(TrialState.COMPLETE, {}, 0.5)
+    assert journal.read_bytes().startswith(whole)
+    assert b'"torn' not in journal.read_bytes()[len(whole) :]
+    assert open_study(trials=3).finished == 1
+
+
+def test_trials_over_other_rows_are_not_ranked_with_the_earlier_ones(open_study):
+    study = open_study()
+    study.keep_to({"data": {"train": "a"}, "teachers": [{"model": "x"}]})
+    study.keep_to({"data": {"train": "a"}, "teachers": [{"model": "x"}]})
+    with pytest.raises(UsageError, match=r"trials over other data or under another teacher \(data.train: a → b\)"):
+        open_study().keep_to({"data": {"train": "b"}, "teachers": [{"model": "x"}]})

@@ -74,6 +74,17 @@ def test_a_checkpoint_of_pairs_answers_by_its_own_tokenizer_as_in_the_report(exp
         np.testing.assert_allclose(found, reported[key], atol=1e-5)
 
 
+def test_a_student_of_one_segment_learns_from_pairs_of_two(experiment, tmp_path, no_doctor):
+    """RoBERTa under a BERT's tokenizer: a segment 1 is beyond its embedding."""
+    roberta = {"model_type": "roberta", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    roberta |= {"intermediate_size": 32, "type_vocab_size": 1, "max_position_embeddings": 40}
+    config = experiment(data__text_pair_column="other", student={"config": roberta}, losses={"ce": {}, "kl": {}})
+    assert main(["run", str(config)]) == 0
+    student, files = str(tmp_path / "run" / "student" / "seed-0"), tmp_path / "data" / "test.parquet"
+    columns = ["--text_column", "text", "--text_pair_column", "other"]
+    assert main(["predict", student, str(files), *columns]) == 0
+
+
 def test_only_models_that_tell_segments_apart_get_a_tokenizer_that_makes_them(tmp_path):
     plain, own = without_segments(), make_tokenizer()
     roberta = RobertaConfig(

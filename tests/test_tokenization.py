@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from distill_nlp.tokenization import _probe, token_difference, tokenize, tokenizer_hash
+from distill_nlp.tokenization import tokenize
+from distill_nlp.tokenizers_compared import _probe, token_difference, tokenizer_hash
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "models" / "bert-base-uncased-tokenizer"
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no tokenizer at {REAL}")
@@ -489,3 +490,11 @@ def test_the_tokenizer_of_bert_and_another():
     cased.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     assert token_difference(bert, cased).startswith("the same 30,522 entries, but another normalizer: ")
     assert token_difference(bert, wordpiece()).startswith(f"30,522 and {len(PIECES)} entries; '[unused0]' is 1 in")
+
+
+def test_a_slow_tokenizer_has_a_hash_of_what_it_does(tmp_path):
+    found = tokenizer_hash(slow(tmp_path))
+    assert tokenizer_hash(slow(tmp_path)) == found
+    assert tokenizer_hash(slow(tmp_path, do_lower_case=False)) != found
+    (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, "more"]), encoding="utf-8")
+    assert tokenizer_hash(BertTokenizerLegacy(str(tmp_path / "vocab.txt"))) != found

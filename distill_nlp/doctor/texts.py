@@ -200,7 +200,7 @@ def check_vocabularies(
     Returns:
         A stop where the tokens differ and a loss compares them, else ok.
     """
-    from distill_nlp.tokenization import token_difference
+    from distill_nlp.tokenizers_compared import token_difference
 
     same = teacher_tokenizer is student_tokenizer
     difference = None if same else token_difference(teacher_tokenizer, student_tokenizer)

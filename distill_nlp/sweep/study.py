@@ -31,6 +31,7 @@ _PATIENCE = 2.0  # seconds
 _ABANDONED = 30  # seconds, of a lock around a write of milliseconds
 _ATTEMPTS = "attempts"
 _DEFINITION = "sweep"
+_GIVEN = "given"
 
 
 @dataclass
@@ -88,8 +89,8 @@ class SweepStudy:
         (self.root / "locks").mkdir(parents=True, exist_ok=True)
         with self.lock():
             path = self.root / JOURNAL
-            lock = _journal_lock(path)
-            _drop_torn_line(path, lock)
+            lock = _JournalLock(path)
+            lock.drop_torn_line()
             self.study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(str(path), lock_obj=lock)),
                 study_name="sweep",
@@ -105,6 +106,24 @@ class SweepStudy:
                     f"{self.root} holds a sweep with other settings ({'; '.join(changes[:3])}); name another "
                     "output_dir, or go back to its settings"
                 )
+
+    def keep_to(self, given: dict[str, Any]) -> None:
+        """Trials over other rows, or under another teacher, are not ranked together; the caller is alone in this.
+
+        Args:
+            given: what all students learn from, as nested plain values.
+
+        Raises:
+            UsageError: the trials that are there were over something else.
+        """
+        known = self.study.user_attrs.get(_GIVEN)
+        if known is None:
+            self.study.set_user_attr(_GIVEN, given)
+        elif changes := differences(known, given):
+            raise UsageError(
+                f"{self.root} holds trials over other data or under another teacher ({'; '.join(changes[:3])}); name "
+                "another output_dir, or bring these back"
+            )
 
     @contextmanager
     def lock(self, name: str = "study", waits: Callable[[], object] = lambda: None) -> Iterator[None]:
@@ -215,26 +234,40 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _journal_lock(path: Path) -> JournalFileOpenLock:
+class _JournalLock(JournalFileOpenLock):
     """The lock of one write. A worker that is killed in it leaves it, and the next one takes it away after a while.
 
     It is a file and not Optuna's link: a link to a relative path leads nowhere, and Optuna, which asks for the age of
     what it leads to, waits for that without an end. So one that an earlier version left is removed here.
     """
-    left = path.with_name(f"{path.name}.lock")
-    if left.is_symlink():
-        left.unlink(missing_ok=True)
-    return JournalFileOpenLock(str(path), grace_period=_ABANDONED)
 
+    def __init__(self, path: Path) -> None:
+        left = path.with_name(f"{path.name}.lock")
+        if left.is_symlink():
+            left.unlink(missing_ok=True)
+        super().__init__(str(path), grace_period=_ABANDONED)
+        self._journal = path
 
-def _drop_torn_line(path: Path, lock: JournalFileOpenLock) -> None:
-    """A machine that went down may leave half a line, after which no other one could be read."""
-    if not path.exists():
-        return
-    lock.acquire()
-    try:
-        with open(path, "rb+") as journal:
-            text = journal.read()
-            journal.truncate(text.rfind(b"\n") + 1)
-    finally:
-        lock.release()
+    def acquire(self) -> bool:
+        """As Optuna's, and what a write left that was cut short, by a full disk or a kill, is gone.
+
+        With the next line behind it, nothing could be read any more.
+        """
+        acquired = super().acquire()
+        try:
+            with open(self._journal, "rb+") as journal:
+                text = journal.read()
+                whole = text.rfind(b"\n") + 1
+                if whole < len(text):
+                    journal.truncate(whole)
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            self.release()
+            raise
+        return acquired
+
+    def drop_torn_line(self) -> None:
+        """Before the first reading."""
+        self.acquire()
+        self.release()

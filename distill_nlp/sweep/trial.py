@@ -19,7 +19,6 @@ import torch
 from optuna.trial import TrialState
 from transformers import TrainerCallback
 
-from distill_nlp.cache_use import CACHE_FOLDER
 from distill_nlp.config import Experiment
 from distill_nlp.durable_files import storage_problem
 from distill_nlp.errors import DistillError
@@ -31,6 +30,7 @@ from distill_nlp.sweep.plan import SweepPlan
 from distill_nlp.sweep.study import REASON, Claim, SweepStudy
 
 BASE = "base"
+CACHE = "teacher_cache"
 
 
 def trial_folder(plan: SweepPlan, number: int) -> Path:
@@ -120,18 +120,17 @@ def prepare_base(plan: SweepPlan, study: SweepStudy, settings: dict[str, Any], s
     Raises:
         UsageError: data, models and settings do not fit each other.
     """
-    home = plan.root / BASE
-    # Named, as for the trials: a trial reads few rows, all of them many.
-    pipeline = Pipeline(plan.experiment(settings, home, home / CACHE_FOLDER), quiet(say))
+    pipeline = Pipeline(plan.experiment(settings, plan.root / BASE), quiet(say))
     with study.lock(BASE, waits=lambda: say("waiting for another process, which trains the teacher")):
         # Here, so that the first worker decides for all; the trials train as it does.
         pipeline.settle()
         pipeline.students.check()
-        base = TeacherHome(pipeline.root, settings, pipeline.prints.teachers)
+        study.keep_to(pipeline.prints.given)
+        home = TeacherHome(pipeline.root, settings, pipeline.prints.teachers)
         pipeline.run(("teacher",), doctor=False)
         if any(view.live_because is None for view in pipeline.students.views):
             pipeline.fill_cache()
-    return base
+    return home
 
 
 def run_trial(plan: SweepPlan, study: SweepStudy, claim: Claim, base: TeacherHome, say: Say) -> str:
@@ -196,7 +195,7 @@ def _pipeline(
 ) -> tuple[Pipeline, Path]:
     """The trial's pipeline with the teacher in place, and the folder that the teacher lies in."""
     folder, home = trial_folder(plan, claim.number), base.root
-    pipeline = _trial_pipeline(plan, claim, folder, home / CACHE_FOLDER, log)
+    pipeline = _trial_pipeline(plan, claim, folder, home / CACHE, log)
     fingerprint = pipeline.prints.teachers
     if fingerprint != base.fingerprint:
         digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8]
@@ -204,7 +203,7 @@ def _pipeline(
         say(f"trial {claim.number}: its settings change the teacher; it has one of its own, in {home}")
         with study.lock(f"teacher-{digest}"):
             _trial_pipeline(plan, claim, home, None, log).run(("teacher",), doctor=False)
-        pipeline = _trial_pipeline(plan, claim, folder, home / CACHE_FOLDER, log)
+        pipeline = _trial_pipeline(plan, claim, folder, home / CACHE, log)
     for part in pipeline.materials.teachers:
         if part.finished is None:
             _link(home / part.name, folder / part.name)
