@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -105,11 +107,20 @@ def sync_names(folder: Path) -> None:
     sync(folder.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files that a killed process left in a folder; those of the last hour may be in use."""
-    for path in folder.glob(".*.tmp"):
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Removes temporary files and folders that a killed process left; those of the last hour may be in use.
+
+    Args:
+        folder: that they are in.
+        name: of what they were to become; all where not given.
+    """
+    for path in folder.glob(f".{glob.escape(name)}*.tmp"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+            if time.time() - path.stat().st_mtime <= _LEFTOVER_SECONDS:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink()
 
 

@@ -67,8 +67,10 @@ class GradientMeter:
         parameters = [p for p in self.student.parameters() if p.requires_grad and p not in left_out]
         norms = gradient_norms({name: value * scale for name, value in terms.items()}, parameters, factors)
         if self.accelerator.num_processes > 1:
-            together = self.accelerator.reduce(torch.stack(list(norms.values())), reduction="mean")
-            norms = dict(zip(norms, together, strict=True))
+            # Over the ranks that have a row with this term: of the others the gradient is 0, and says nothing.
+            here = torch.stack(list(norms.values()))
+            sums, counts = self.accelerator.reduce(torch.stack([here, (here != 0).to(here)]), reduction="sum")
+            norms = dict(zip(norms, sums / counts.clamp(min=1), strict=True))
         for name, norm in norms.items():
             self.log.add_norm(name, norm)
         if self.objective.balance is not None:

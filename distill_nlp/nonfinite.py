@@ -145,8 +145,8 @@ class FiniteCheck:
         found = _found(batches, norms)
         if several:
             # A dict for each rank; the first step at fault is the same place for all of them.
-            everyone = gather_object([{step: self._words(step, what) for step, what in found.items()}])
-            messages = {step: words for one in reversed(everyone) for step, words in one.items()}
+            everyone = gather_object([{s: (what.of_norm, self._words(s, what)) for s, what in found.items()}])
+            messages = _of_the_cause(everyone)
         else:
             messages = {step: self._words(step, what) for step, what in found.items()}
         self._judge(dict(sorted(messages.items())))
@@ -208,11 +208,15 @@ class FiniteCheck:
 
 @dataclass
 class _Finding:
-    """What was wrong with a step: in words, in which micro-batches, and in which rows of one, where known."""
+    """What was wrong with a step: in words, in which micro-batches, and in which rows of one, where known.
+
+    `of_norm`: that is all that this rank knows of it; the cause may lie on another one.
+    """
 
     what: str
     micros: list[int]
     places: list[int] | None = None
+    of_norm: bool = False
 
 
 def _found(batches: list[_Batch], norms: list[tuple[int, torch.Tensor]]) -> dict[int, _Finding]:
@@ -237,8 +241,20 @@ def _found(batches: list[_Batch], norms: list[tuple[int, torch.Tensor]]) -> dict
     for step, norm in norms:
         if step not in found and not math.isfinite(value := norm.item()):
             micros = [batch.micro for batch in batches if batch.step == step]
-            found[step] = _Finding(f"the norm of the gradient is {_kind(value)}, although no loss is", micros)
+            found[step] = _Finding(
+                f"the norm of the gradient is {_kind(value)}, although no loss is", micros, None, True
+            )
     return found
+
+
+def _of_the_cause(everyone: list[dict[int, tuple[bool, str]]]) -> dict[int, str]:
+    """What to say of each step: what the first rank found that found more than the norm, which is that of all ranks."""
+    chosen: dict[int, tuple[bool, str]] = {}
+    for one in everyone:
+        for step, (of_norm, words) in one.items():
+            if step not in chosen or (chosen[step][0] and not of_norm):
+                chosen[step] = (of_norm, words)
+    return {step: words for step, (_, words) in chosen.items()}
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -52,3 +52,16 @@ def free_cached() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def that_fit(rows: int, run: Callable[[int], object]) -> int:
+    """So many rows, or a half, a quarter, ..., for which the memory suffices to run."""
+    while True:
+        try:
+            run(rows)
+            return rows
+        except (RuntimeError, MemoryError) as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+        rows //= 2
+        free_cached()

@@ -13,7 +13,7 @@ from torch import nn
 
 from distill_nlp.capture import enable_quick_attention
 from distill_nlp.config import Experiment
-from distill_nlp.out_of_memory import free_cached, is_out_of_memory
+from distill_nlp.out_of_memory import that_fit
 
 # Time of a step in bfloat16, as a part of that in float32, from which on it is worth its rounding.
 _WORTH = 0.9
@@ -124,26 +124,13 @@ def bf16_ratio(model: nn.Module, rows: int, tokens: int, seconds: float = 1.0) -
         if device.type == "cpu":
             one = min(timed(1, False) for _ in range(2))
             rows = max(1, min(rows, int(_SECONDS_PER_PASS / one)))
-        rows = _that_fit(rows, lambda rows: [timed(rows, bf16) for bf16 in (False, True)])
+        rows = that_fit(rows, lambda rows: [timed(rows, bf16) for bf16 in (False, True)])
         ratios, end = [], time.perf_counter() + seconds
         while len(ratios) < 3 or time.perf_counter() < end:
             order = (False, True) if len(ratios) % 2 else (True, False)
             passed = {bf16: timed(rows, bf16) for bf16 in order}
             ratios.append(passed[True] / passed[False])
     return statistics.median(ratios), rows
-
-
-def _that_fit(rows: int, run: Callable[[int], object]) -> int:
-    """So many rows, or a half, a quarter, ..., for which the memory suffices."""
-    while True:
-        try:
-            run(rows)
-            return rows
-        except (RuntimeError, MemoryError) as error:
-            if rows == 1 or not is_out_of_memory(error):
-                raise
-        rows //= 2
-        free_cached()
 
 
 def _wait(device: torch.device) -> None:

@@ -55,21 +55,21 @@ def read_texts(arguments: list[str], text_column: str = "text", text_pair_column
             # A text may begin with a tilde.
             path = path.expanduser()
         # A name that was meant as a file must not be classified as a text.
-        looks_like_file = path.suffix in {*_COLUMN_FILES, ".txt"} and not any(c.isspace() for c in argument)
+        looks_like_file = path.suffix.lower() in {*_COLUMN_FILES, ".txt"} and not any(c.isspace() for c in argument)
         # Unlike `Path.exists`, it takes a text that is longer than a name may be.
         exists = bool(argument) and os.path.exists(path)
         if (exists or looks_like_file) and not (len(arguments) == 1 and exists and path.is_file()):
             problem = "there is no such file" if not exists else "give one file, or texts"
             raise UsageError(f"cannot read texts from {argument}: {problem}")
     is_file = len(arguments) == 1 and exists
-    if text_pair_column is not None and not (is_file and path.suffix in _COLUMN_FILES):
+    if text_pair_column is not None and not (is_file and path.suffix.lower() in _COLUMN_FILES):
         raise UsageError(f"{no_columns}, not for {path.name if is_file else 'texts'}")
     if text_pair_column == text_column:
         raise UsageError(f"--text_column and --text_pair_column are both {text_column!r}; a pair has two columns")
     if not is_file:
         yield from arguments
         return
-    if path.suffix not in _COLUMN_FILES:
+    if path.suffix.lower() not in _COLUMN_FILES:
         check_utf8(path)
         with open(path, encoding="utf-8") as lines:
             yield from (line.rstrip("\n") for line in lines)

@@ -10,6 +10,7 @@ import numpy as np
 from distill_nlp.data import content_hash
 from distill_nlp.durable_files import read_json
 from distill_nlp.fingerprints import Fingerprints, plain
+from distill_nlp.loading import checkpoint_print
 from distill_nlp.manifests import damage
 from distill_nlp.report import (
     NO_PLOTS,
@@ -65,7 +66,7 @@ class ReportStage:
             for kind, make in makers.items()
         }
         teachers = self._teachers()
-        fingerprint = self._fingerprint(makers)
+        fingerprint = self._fingerprint(makers) | {"weights": self._weights(folders, teachers)}
         earlier = read_json(self.root / REPORT_FILE)
         problem = damage(self.root, REPORT_MANIFEST_FILE, (REPORT_FILE, PREDICTIONS_FILE))
         if problem is not None:
@@ -130,12 +131,18 @@ class ReportStage:
             }
         )
 
+    def _weights(self, folders: dict[str, dict[int, Any]], teachers: list[ReportTeacher]) -> dict[str, Any]:
+        """Of the models as they lie there: one that was removed and trained again with the same settings is another."""
+        found = {f"{kind}-{seed}": path for kind, seeds in folders.items() for seed, path in seeds.items()}
+        made = {name: checkpoint_print(str(path)) for name, path in found.items()}
+        return made | {"teachers": [checkpoint_print(teacher.path, teacher.revision) for teacher in teachers]}
+
     def _is_the_same(self, report: dict[str, Any], fingerprint: dict[str, Any]) -> bool:
         return (
             report.get("schema_version") == SCHEMA_VERSION
             # Without it, its intervals drew seeds with replacement.
             and "rows_interval" in report["comparison"]["difference"]
-            and report.get("run", {}).get("fingerprint") == fingerprint
+            and ({"weights": fingerprint["weights"]} | report.get("run", {}).get("fingerprint", {})) == fingerprint
             and damage(self.root, REPORT_MANIFEST_FILE) is None
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,19 +13,21 @@ from typing import Any
 
 import yaml
 
-from distill_nlp.config import DataSection
+from distill_nlp.config import DataSection, Experiment
 from distill_nlp.config_training import task_metric
 from distill_nlp.durable_files import read_json
 from distill_nlp.errors import UsageError
 from distill_nlp.hub.card import RECIPE, CardFacts, Phase, Score
 from distill_nlp.hub.files import INDEX, WEIGHTS
 from distill_nlp.hub.private import Private, hub_name
+from distill_nlp.loading import checkpoint_print
 from distill_nlp.losses.base import MULTI_LABEL
 from distill_nlp.report import REPORT_FILE
 from distill_nlp.report.render import summary_lines, table_rows, verdict
 from distill_nlp.stages import STAGE_FILE, StageFolder
 
 RUN_FILE = "config.json"
+_SEEDS: list[int] = Experiment.model_fields["seeds"].default
 _TEST_SPLIT: str = DataSection.model_fields["test_split"].default
 
 
@@ -94,6 +97,7 @@ def _best_of(run: Path) -> FinishedStudent:
     if not finished:
         raise UsageError(f"{run} has no finished student yet; the same `distill-nlp run` goes on with it")
     students = [find_student(folder) for folder in finished]
+    students, others = _of_one_kind(students, (read_json(run / RUN_FILE) or {}).get("seeds", _SEEDS))
     metric = task_metric(_problem_type(read_json(finished[0] / "config.json") or {}))
     reached = [student.record.get("validation", {}).get(metric) for student in students]
     if len(students) == 1 or any(value is None for value in reached):
@@ -101,8 +105,23 @@ def _best_of(run: Path) -> FinishedStudent:
     else:
         best = max(range(len(students)), key=lambda i: reached[i])  # of equals the first
         chosen, why = students[best], f"best validation {metric} ({reached[best]:.4f}) of {len(students)}"
-    chosen.note = f"student of seed {chosen.seed}: {why}"
+    left_out = f"; made with other settings, and left out: seed {', '.join(map(str, others))}" if others else ""
+    chosen.note = f"student of seed {chosen.seed}: {why}{left_out}"
     return chosen
+
+
+def _of_one_kind(students: list[FinishedStudent], seeds: Sequence[int]) -> tuple[list[FinishedStudent], list[str]]:
+    """Those made as the first of these seeds was, which the run was last begun for; and the seeds of the others."""
+    prints = [_without_seed(student.record.get("fingerprint", {})) for student in students]
+    first = next((i for i, student in enumerate(students) if str(student.seed) in map(str, seeds)), 0)
+    alike = [found == prints[first] for found in prints]
+    kept = [student for student, same in zip(students, alike, strict=True) if same]
+    return kept, [str(student.seed) for student, same in zip(students, alike, strict=True) if not same]
+
+
+def _without_seed(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in fingerprint.items() if key != "seed"}
+    return kept | ({"after": _without_seed(kept["after"])} if "after" in kept else {})
 
 
 def _number(name: str) -> int:
@@ -180,9 +199,13 @@ def _report_on(found: FinishedStudent, record: dict[str, Any]) -> tuple[dict[str
     report = read_json(found.run / REPORT_FILE) if found.run else None
     if report is None:
         return None, None
-    measured = ((report.get("run") or {}).get("fingerprint") or {}).get("models") or {}
+    fingerprint, name = (report.get("run") or {}).get("fingerprint") or {}, f"student-{found.seed}"
+    measured = (fingerprint.get("models") or {}).get(name)
     seeds = report.get("models", {}).get("student", {}).get("seeds", {})
-    if found.seed in seeds and record and measured.get(f"student-{found.seed}") == record.get("fingerprint"):
+    # Reports of earlier versions do not say which weights they are of.
+    now = checkpoint_print(str(found.folder))
+    same_weights = (fingerprint.get("weights") or {}).get(name, now) == now
+    if found.seed in seeds and record and measured == record.get("fingerprint") and same_weights:
         return report, None
     return None, "The report of the run is not on this student as it is now, so none of its figures is given here."
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from distill_nlp.cache_rows import keys_of, token_columns
+from distill_nlp.durable_files import remove_leftovers
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.inference import batched_answers, length_sorted_batches
 from distill_nlp.losses.base import ModelShape
@@ -241,6 +242,7 @@ def _check_writable(caches: Iterable[AnswerCache]) -> None:
     for cache in caches:
         with _writing():
             cache.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(cache.folder)
             tempfile.TemporaryFile(dir=cache.folder).close()
 
 

@@ -33,7 +33,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_the_installed_command_runs_all_stages_and_does_nothing_twice(experiment, tmp_path):
+def test_the_installed_command_runs_all_stages_and_does_nothing_twice(experiment, tmp_path, capsys):
     config = experiment(data__unlabeled="pool")
     first = command("run", str(config), "--losses.kl.temperature", "4")
     assert first.returncode == 0, first.stderr
@@ -49,14 +49,15 @@ def test_the_installed_command_runs_all_stages_and_does_nothing_twice(experiment
     assert report["run"]["stages"]["student/seed-0"]["objective"].startswith("0.3·ce + 0.7·kl(T=4)")
     assert not list(run.rglob("*.partial"))
 
-    again = command("run", str(config), "--losses.kl.temperature", "4")
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.count("done already") == 4
-    changed = command("run", str(config), "--losses.kl.temperature", "2", "--stages", "teacher,baseline,student")
-    assert changed.stderr.count("done already") == 2
-    assert "student, seed 0" in changed.stderr
-    assert "settings changed, so it is done again (losses.kl.temperature: 4 → " in changed.stderr
-    assert changed.stdout == ""
+    capsys.readouterr()
+    assert main(["run", str(config), "--losses.kl.temperature", "4"]) == 0
+    assert capsys.readouterr().err.count("done already") == 4
+    assert main(["run", str(config), "--losses.kl.temperature", "2", "--stages", "teacher,baseline,student"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("done already") == 2
+    assert "student, seed 0" in err
+    assert "settings changed, so it is done again (losses.kl.temperature: 4 → " in err
+    assert out == ""
 
 
 @pytest.mark.slow
@@ -174,6 +175,7 @@ def test_nothing_is_made_from_a_teacher_or_reported_on_models_of_other_settings(
         (["reviws.csv"], "cannot read texts from reviws.csv: there is no such file"),
         (["tests"], "cannot read texts from tests: give one file, or texts"),
         (["good text", "pyproject.toml"], "cannot read texts from pyproject.toml: give one file"),
+        (["reviws.CSV"], "cannot read texts from reviws.CSV: there is no such file"),
     ],
 )
 def test_a_file_name_is_not_classified_as_a_text(arguments, expected, monkeypatch):
@@ -183,6 +185,14 @@ def test_a_file_name_is_not_classified_as_a_text(arguments, expected, monkeypatc
     with pytest.raises(UsageError, match=expected):
         list(read_texts(arguments))
     assert list(read_texts(["What a film. See it.", "no.csv here"])) == ["What a film. See it.", "no.csv here"]
+
+
+def test_a_table_of_another_spelling_is_not_read_as_lines(tmp_path):
+    from distill_nlp.prediction import read_texts
+
+    (tmp_path / "reviews.CSV").write_text("id,text\n1,good\n")
+    with pytest.raises(UsageError, match="reviews.CSV is of no kind that is read"):
+        list(read_texts([str(tmp_path / "reviews.CSV")]))
 
 
 @pytest.mark.parametrize("text", ["long " * 60, "l" * 256, "~nobody said so", "half\0", "a/" * 3000, ""])
@@ -227,7 +237,7 @@ def test_it_runs_under_a_launcher_on_one_rank_and_on_two(experiment, tmp_path, r
 
 
 @pytest.mark.slow
-def test_the_quickstart_goes_through_in_a_small_size(tmp_path, capsys):
+def test_the_quickstart_goes_through_in_a_small_size(tmp_path, capsys, small_synthetic):
     steps = ["--training.max_steps", "2", "--training.eval_steps", "2", "--teacher.training.max_steps", "2"]
     steps += ["--teacher.training.eval_steps", "2", "--seeds", "0", "--data.max_test_samples", "50"]
     assert main(["run", str(ROOT / "configs" / "quickstart.yaml"), "--output_dir", str(tmp_path / "run"), *steps]) == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from helpers import label_config, make_student, make_teacher, make_tokenizer
+from safetensors.torch import load_file, save_file
 
 import distill_nlp.doctor.examination as examination
 from distill_nlp.config import STAGES, Experiment
@@ -186,6 +187,18 @@ def test_times_are_those_of_the_steps_the_evaluations_and_the_report(parts, monk
         "5 min; report 46 s; an estimate from 9 steps of 8 rows on cpu"
     )
     assert "report" not in check_run_time(Subject(*made), STAGES[:3], 1.0).what
+
+
+def test_evaluations_are_counted_over_all_steps_that_are_asked_for(parts, monkeypatch):
+    monkeypatch.setattr(timing, "time_step", lambda *_: StepTime(1.0, 2.0, 0.5, batches=3, rows=8))
+    counted = []
+    monkeypatch.setattr(timing, "evaluations", lambda strategy, steps, every, epochs: counted.append(epochs) or 1)
+    # 160 rows in batches of 8; `num_train_epochs` stays at 2 and means nothing.
+    check_run_time(Subject(*parts(training__max_steps=200)), ("student",), 1.0)
+    assert counted == [10.0, 10.0]
+    counted.clear()
+    check_run_time(Subject(*parts()), ("student",), 1.0)
+    assert counted == [2.0, 2.0]
 
 
 def test_checkpointing_is_in_the_memory(parts):
@@ -367,6 +380,25 @@ def test_a_teacher_answers_in_the_precision_of_the_run(parts, tmp_path, bf16, dt
     monkeypatch.setattr(examination, "predict_logits", looked_at)
     quick(parts(teacher__model=classifier(tmp_path), training__bf16=bf16))
     assert computed == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "fix"),
+    [
+        ({}, "for 120 of 120 validation rows", "another teacher"),
+        ({"training__bf16": True}, "for 120 of 120 validation rows in bf16", "--training.precision fp32; else"),
+    ],
+)
+def test_a_teacher_whose_answers_are_not_finite_is_no_untrained_head(parts, tmp_path, changes, said, fix):
+    path = classifier(tmp_path)
+    weights = load_file(f"{path}/model.safetensors")
+    # Each is a number; their sum over the width is none any more.
+    weights["classifier.weight"] = torch.full_like(weights["classifier.weight"], 3e38)
+    save_file(weights, f"{path}/model.safetensors", {"format": "pt"})
+    found = quick(parts(teacher__model=path, **changes))["teacher accuracy"]
+    assert found.level == "stop"
+    assert found.what == f"teacher's logits are not finite {said}"
+    assert found.fix.startswith(fix)
 
 
 def test_the_sample_has_the_size_that_is_asked_for(parts, tmp_path, answering):

@@ -189,6 +189,37 @@ def test_with_little_time_small_batches_are_scaled_by_their_tokens(seconds):
     assert clock.now <= max(seconds * 1.6, 3 * (36 + 0.5))
 
 
+@pytest.mark.parametrize(("most", "rows"), [(32, 32), (9, 8)])
+def test_an_accelerator_is_timed_on_whole_batches_that_fit_and_when_it_is_warm(monkeypatch, most, rows):
+    """Two rows take it as long as many, and a shape that it has not met takes longest."""
+    monkeypatch.setattr(measure, "_synchronize", lambda device: None)
+    clock = Clock()
+
+    class Accelerator(FakeStep):
+        device = torch.device("cuda")
+
+        def ask(self, batch):
+            if len(batch["input_ids"]) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            shape = batch["input_ids"].shape
+            self.clock.now += 0.02 if shape in self.met else 50
+            self.met.add(shape)
+            return "answer"
+
+        def gradient(self, batch, teacher):
+            self.rows.append(len(batch["input_ids"]))
+            self.clock.now += 0.01
+
+    step = Accelerator(clock)
+    step.met = set()
+    found = time_step(step, batch_of, 32, 1.0, clock)
+    assert set(step.rows) == {rows}
+    assert found.rows == rows
+    # Half a second for each update.
+    assert found.answers == pytest.approx(0.02 * 32 / rows, rel=0.5)
+    assert found.gradient == pytest.approx(0.01 * 32 / rows, rel=0.5)
+
+
 def test_a_batch_of_one_row_is_timed():
     clock = Clock()
     assert time_step(FakeStep(clock), batch_of, 1, 1000, clock).rows == 1

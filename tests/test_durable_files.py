@@ -79,10 +79,15 @@ def test_a_tree_is_synced_with_all_its_files_and_names(tmp_path, monkeypatch):
 
 def test_leftovers_are_removed_when_nobody_can_be_at_work_on_them(tmp_path):
     old, new, other = tmp_path / ".a.1.tmp", tmp_path / ".b.2.tmp", tmp_path / "c.tmp"
+    folder = tmp_path / ".model-onnx.3.tmp"
     for path in (old, new, other):
         path.touch()
-    for path in (old, other):
+    folder.mkdir()
+    (folder / "model.onnx").touch()
+    for path in (old, other, folder):
         os.utime(path, (time.time() - 7200,) * 2)
+    remove_leftovers(tmp_path, "model-onnx.")
+    assert sorted(os.listdir(tmp_path)) == [".a.1.tmp", ".b.2.tmp", "c.tmp"]
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".b.2.tmp", "c.tmp"]
 

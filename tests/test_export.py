@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -487,3 +488,16 @@ def test_help_needs_no_torch():
     code = "import sys, distill_nlp.cli as c; c._parser(); print({'torch', 'onnxruntime'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_what_killed_exports_left_is_brought_back_or_removed(tmp_path):
+    """One killed between its two renames, which left the earlier export aside; and one while it wrote."""
+    aside, begun, at_work = (tmp_path / f".model-onnx.{name}" for name in ("1.old", "2.tmp", "3.tmp"))
+    for folder in (aside, begun, at_work):
+        folder.mkdir()
+        (folder / "model.onnx").write_text(folder.name)
+    os.utime(begun, (time.time() - 7200,) * 2)
+    build._bring_back(tmp_path / "model-onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model-onnx.3.tmp", "model-onnx"]
+    assert (tmp_path / "model-onnx" / "model.onnx").read_text() == aside.name
+    build._bring_back(tmp_path / "not there" / "model-onnx")

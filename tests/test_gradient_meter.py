@@ -123,3 +123,24 @@ def test_measuring_leaves_gradients_and_graph_alone():
     assert all(p.grad is None for p in layer.parameters())
     value.backward()
     assert layer.weight.grad.any()
+
+
+def test_a_rank_without_rows_of_a_term_takes_nothing_from_its_norm():
+    """Of two ranks one has no labeled row; the norm of the other is the norm, as in one process."""
+    seen = []
+
+    def reduce(x, reduction):
+        assert reduction == "sum"
+        seen.append(x)
+        return x + torch.tensor([[0.0, 4.0], [0.0, 1.0]])
+
+    found = meter(1, accelerator=SimpleNamespace(num_processes=2, scaler=None, reduce=reduce), a=1.0, b=1.0)
+    found.begin_step(0, 10)
+    value = found.student(torch.ones(1, 2)).sum()
+    for name in ("a", "b"):
+        found.log.add(name, torch.tensor(1.0))
+    found.take({"a": value, "b": 2 * value}, None)
+    norms = found.log.read(lambda x: x)
+    here = 3**0.5
+    assert norms["gradient_norm_a"] == pytest.approx(here, rel=1e-6)
+    assert norms["gradient_norm_b"] == pytest.approx((2 * here + 4.0) / 2, rel=1e-6)

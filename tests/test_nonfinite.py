@@ -267,3 +267,25 @@ def test_unknown_policies_are_refused(tmp_path, changes, message):
 
 def test_the_spoilt_loss_is_a_loss():
     assert isinstance(Spoilt([]), DistillationLoss)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_several_ranks_the_one_with_the_cause_is_heard(monkeypatch, first):
+    """The norm is that of all ranks: the others know nothing but it, and name rows of their own."""
+    accelerator = types.SimpleNamespace(
+        scaler=None, num_processes=2, device=torch.device("cpu"), reduce=lambda x, reduction: x
+    )
+    said = []
+    for rank in range(2):
+        check = FiniteCheck("stop", 0, accelerator, lambda step, micro, rank=rank: [10 * rank])
+        value = torch.tensor(float("nan") if rank == 1 else 1.0)
+        check.add(3, {"kl": value}, torch.zeros(1, 2), None)
+        check.add_norm(3, torch.tensor(float("nan")), None)
+        monkeypatch.setattr(nonfinite, "gather_object", lambda found: said.extend(found) or found)
+        with pytest.raises(NonFiniteError):
+            check.look()
+    ranks = said if first == 0 else said[::-1]
+    monkeypatch.setattr(nonfinite, "gather_object", lambda found: ranks)
+    check.add(3, {"kl": torch.tensor(float("nan"))}, torch.zeros(1, 2), None)
+    with pytest.raises(NonFiniteError, match="step 4: the loss kl is NaN, in a batch of row 10 of the training data"):
+        check.look()

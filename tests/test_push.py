@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from distill_nlp.cli import main
 from distill_nlp.config_file import load_experiment
 from distill_nlp.hub import client
+from distill_nlp.hub.private import Private
 from distill_nlp.loading import checkpoint_print
 from distill_nlp.manifests import write_manifest
 from distill_nlp.pipeline import Pipeline
@@ -289,6 +290,14 @@ def test_the_header_of_the_weights_is_looked_through(hub, tmp_path, capsys):
     assert "model.safetensors holds a local path" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("folder", "found"), [("/ws", None), ("/work", "a local path")])
+def test_a_path_of_a_few_bytes_is_not_looked_for_among_numbers(folder, found):
+    private = Private([folder])
+    numbers = b"\x00\x01" + folder.encode() + b"\x00\x02"
+    assert private.found_in(numbers, weights=True) == found
+    assert private.found_in(numbers) == "a local path"
+
+
 def test_an_export_is_pushed_with_its_own_allow_list(hub, tmp_path, capsys):
     student = save_student(tmp_path / "student")
     assert push(student, "--include-onnx") == 2
@@ -357,6 +366,26 @@ def test_a_dry_run_lists_what_would_be_sent_and_needs_neither_network_nor_token(
     assert "bytes in 7 files" in out
     assert "would remove from there the weights, adapters, reports and ONNX exports of earlier pushes" in out
     assert "# tiny-student" in out
+
+
+def test_students_that_the_run_did_not_make_as_it_is_now_are_left_out(tmp_path, capsys):
+    run = write_run(tmp_path / "run", seeds=(0, 1, 2), validation=(0.5, 0.75, 0.9))
+    record = run / "student" / "seed-2" / "stage.json"
+    stage = json.loads(record.read_text())
+    stage["fingerprint"]["losses"] = {"kl": {"temperature": 9.0}}
+    record.write_text(json.dumps(stage))
+    assert push(run, "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert (
+        "student of seed 1: best validation accuracy (0.7500) of 2; made with other settings, and left out: seed 2"
+        in said
+    )
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"seeds": [2]}))
+    assert push(run, "--dry-run") == 0
+    assert (
+        "student of seed 2: the only one; made with other settings, and left out: seed 0, 1" in capsys.readouterr().err
+    )
 
 
 def test_the_card_says_what_the_report_measured_of_this_student(hub, tmp_path):

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from helpers import write_rows_of_several_labels
+from safetensors.torch import load_file, save_file
 
 from distill_nlp.cli import main
 from distill_nlp.config_file import load_experiment
@@ -121,12 +122,21 @@ def change(name):
         """As if it had been written so: what is told by the manifest alone has a way of its own."""
         return lambda folder: (way(folder), write_manifest(folder, FILES, "report_manifest.json"))
 
+    def trained_again(folder):
+        """With the same settings, after its folder was removed."""
+        path = folder / "student" / "seed-1" / "model.safetensors"
+        weights = load_file(path)
+        weights["classifier.bias"] = weights["classifier.bias"] + 1e-6
+        save_file(weights, path, {"format": "pt"})
+        write_manifest(folder / "student" / "seed-1")
+
     ways = {
         "no report": no_json,
         "no logits": signed(no_logits),
         "logits of other models": signed(others_logits),
         "other labels": signed(other_labels),
         "other rows": signed(lambda f: edited(f, lambda r: r["run"]["fingerprint"].update(test="x"))),
+        "a student trained again": trained_again,
         "other models": signed(lambda f: edited(f, lambda r: r["run"]["fingerprint"]["models"].pop("student-1"))),
         "another machine": signed(lambda f: edited(f, lambda r: r["machine"].update(name="x"))),
         "an older schema": signed(lambda f: edited(f, lambda r: r.update(schema_version=1))),
@@ -143,6 +153,7 @@ def change(name):
         ("logits of other models", [], ["predict_all", "measure_costs"]),
         ("other labels", [], ["predict_all", "measure_costs"]),
         ("other rows", [], ["predict_all", "measure_costs"]),
+        ("a student trained again", [], ["predict_all", "measure_costs"]),
         ("other models", [], ["predict_all", "measure_costs"]),
         ("other bytes", [], ["predict_all", "measure_costs"]),
         ("another machine", [], ["measure_costs"]),
@@ -161,6 +172,24 @@ def test_what_no_longer_holds_is_done_again(what, arguments, done, finished, pre
     report = Report.model_validate(saved(finished))
     assert report.models.student.accuracy.model_dump() == models
     assert (finished / "report.html").exists()
+
+
+def test_a_run_reports_on_a_student_that_was_trained_again(finished, predictions, capsys):
+    again = ["run", str(finished / "config.json"), "--output_dir", str(finished)]
+    change("a student trained again")(finished)
+    assert main(again) == 0
+    assert predictions == ["predict_all", "measure_costs"]
+    assert main(again) == 0
+    assert predictions == ["predict_all", "measure_costs"]
+    # A report of an earlier version does not say which weights it is of.
+    report = saved(finished)
+    del report["run"]["fingerprint"]["weights"]
+    (finished / "report.json").write_text(json.dumps(report))
+    write_manifest(finished, FILES, "report_manifest.json")
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "report               done already" in capsys.readouterr().err
+    assert predictions == ["predict_all", "measure_costs"]
 
 
 def test_a_run_whose_page_is_gone_writes_it_again(finished, predictions, capsys):
@@ -266,7 +295,7 @@ def test_the_settings_kept_with_a_run_name_places_that_every_folder_finds(experi
     assert str(tmp_path) not in facts.settings
 
 
-def test_what_is_no_path_is_kept_with_a_run_as_it_was_given(experiment, tmp_path, monkeypatch):
+def test_what_is_no_path_is_kept_with_a_run_as_it_was_given(experiment, tmp_path, monkeypatch, small_synthetic):
     monkeypatch.chdir(tmp_path)
     for name in ("train", "synthetic", "test"):
         (tmp_path / name).mkdir()

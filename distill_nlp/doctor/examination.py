@@ -271,6 +271,8 @@ def _answers(subject: Subject, part: TeacherPart, accuracy_rows: int) -> list[Fi
     logits = predict_logits(model, part.tokenizer, encoded, size, autocast=autocast)
     if order is not None:
         logits = logits[:, order]
+    if broken := int((~np.isfinite(logits)).any(axis=1).sum()):
+        return [_not_finite(part.name, broken, len(logits), materials.mixed_precision)]
     labels = np.array([row["labels"] for row in encoded])
     if materials.splits.problem_type == MULTI_LABEL:
         # No softness: of rare classes all but a few probabilities are near 0, with a good teacher too.
@@ -282,3 +284,15 @@ def _answers(subject: Subject, part: TeacherPart, accuracy_rows: int) -> list[Fi
     }
     accuracy = check_teacher_accuracy(logits, labels, names, order, teacher=part.name)
     return [accuracy, *check_softness(logits, soft, part.name)]
+
+
+def _not_finite(teacher: str, broken: int, rows: int, precision: str) -> Finding:
+    other = "--training.precision fp32, or bf16" if precision == "fp16" else "--training.precision fp32"
+    return Finding(
+        "stop",
+        "teacher accuracy",
+        f"{teacher}'s logits are not finite for {broken} of {rows} validation rows"
+        + ("" if precision == "no" else f" in {precision}"),
+        "no student can learn from them, and the run would end at the first",
+        "another teacher: weights in it are broken" if precision == "no" else f"{other}; else the weights are broken",
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from distill_nlp.modeling import DistillationModel
+from distill_nlp.out_of_memory import that_fit
 from distill_nlp.outputs import Features
 
 Batch = dict[str, Any]
@@ -158,7 +159,8 @@ def time_step(
 
     Args:
         batch_of: position in the order of lengths (0 to 1) and number of rows -> batch.
-        rows: of one full batch; smaller ones are timed where one would take longer than half of the time.
+        rows: of one full batch; smaller ones are timed where one would take longer than half of the time, on a CPU. An
+            accelerator takes as long for two rows as for many: full ones are timed there, or what its memory takes.
         seconds: for all of it, roughly; one batch is timed in any case.
         clock: in seconds.
     """
@@ -177,12 +179,17 @@ def time_step(
         return answers, gradient, update
 
     begin = clock()
-    few = min(rows, 2)
-    # Twice: the first pass warms up.
-    for _ in range(2):
-        small = sum(once(batch_of(POSITIONS[0], few))[:2])
-    left = max(seconds - (clock() - begin), 0.0)
-    count = rows if small / few * rows <= left / 2 else min(max(int(left / 2 / small * few), few), rows)
+    if step.device.type == "cpu":
+        few = min(rows, 2)
+        # Twice: the first pass warms up.
+        for _ in range(2):
+            small = sum(once(batch_of(POSITIONS[0], few))[:2])
+        left = max(seconds - (clock() - begin), 0.0)
+        count = rows if small / few * rows <= left / 2 else min(max(int(left / 2 / small * few), few), rows)
+    else:
+        # It loads its kernels for a shape when it meets it first.
+        count = that_fit(rows, lambda size: [once(batch_of(position, size)) for position in POSITIONS])
+        begin = clock()
     whole = sum(_tokens(batch_of(position, rows)) for position in POSITIONS) / len(POSITIONS)
     taken: list[tuple[float, float, float]] = []
     tokens = 0

@@ -159,7 +159,7 @@ def _epochs(subject: Subject, kind: _Kind, steps: int) -> float:
     """Passes over the rows in so many steps."""
     section = kind.section
     per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps * subject.ranks
-    return min(steps * per_step / max(kind.rows, 1), math.ceil(section.num_train_epochs))
+    return steps / max(math.ceil(kind.rows / per_step), 1)
 
 
 def _teacher_row(subject: Subject, seconds: float) -> float:

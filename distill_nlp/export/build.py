@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from distill_nlp.config import CONFIG_FILE, ReportSection
-from distill_nlp.durable_files import read_json, sync_tree, write_json
+from distill_nlp.durable_files import read_json, remove_leftovers, sync_tree, write_json
 from distill_nlp.errors import DistillError, UsageError
 from distill_nlp.export.graph import write_graph
 from distill_nlp.export.parity import compare, problems, score
@@ -78,6 +79,7 @@ def export_model(settings: ExportSettings, say: Say = lambda line: None) -> dict
         >>> record["parity"]["flips"]
     """
     folder = settings.folder
+    _bring_back(folder)
     _check_free(folder)
     original = _load(settings, say)
     work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -90,6 +92,16 @@ def export_model(settings: ExportSettings, say: Say = lambda line: None) -> dict
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def _bring_back(folder: Path) -> None:
+    """What a killed export had put aside is there again, and what it had begun is gone."""
+    if not folder.parent.is_dir():
+        return
+    aside = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.old"), key=lambda path: path.stat().st_mtime)
+    if aside and not folder.exists():
+        aside.pop().rename(folder)
+    remove_leftovers(folder.parent, f"{folder.name}.")
 
 
 def _check_free(folder: Path) -> None:

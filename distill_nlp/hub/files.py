@@ -34,6 +34,7 @@ _MODEL_FILES = ("config.json", WEIGHTS, INDEX, ADAPTER_CONFIG, ADAPTER, *_TOKENI
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _ONNX_WEIGHTS = re.compile(r"[\w.-]+\.onnx(?:[._]data)?")
 _ONNX_FILES = ("config.json", "export.json", *_TOKENIZER_FILES)
+_NUMBERS = (".safetensors", ".onnx", ".onnx_data", ".onnx.data")
 # Of one student alone: none of them may stay beside the weights of another.
 _REPLACED = (WEIGHTS, INDEX, ADAPTER_CONFIG, ADAPTER, *REPORTS)
 # Where a model or a tokenizer was loaded from, which Transformers may write into its own files.
@@ -171,7 +172,7 @@ def _private_thing(file: HubFile, private: Private) -> str | None:
         return private.found_in(file.content if isinstance(file.content, bytes) else b"")
     # Weights are looked through where they lie: they may be larger than what is free in memory.
     with open(file.content, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return private.found_in(content)
+        return private.found_in(content, weights=file.name.endswith(_NUMBERS))
 
 
 def listing(files: Sequence[HubFile]) -> list[str]:

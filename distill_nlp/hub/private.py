@@ -38,6 +38,8 @@ _TOKENS = _patterns(
 _ANY_TOKEN = re.compile(b"|".join(pattern.pattern for pattern in _TOKENS))
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 MASK = "***"
+# Of a path in weights: among millions of numbers any three bytes stand somewhere, so that `/ws` says nothing.
+_FEWEST_BYTES = 5
 _NO_PART = rb"[\w.-]"
 _HOMES = [
     *_patterns(*((_NO_PART, text, rb"[\w.-]+/") for text in (b"/home/", b"/Users/"))),
@@ -98,13 +100,22 @@ class Private:
         named = sorted({path for path in self.folders + own if len(path) > 1}, key=len, reverse=True)
         # The whole of a path's part, so that /root is not found in /roots or in example.org/root.
         self._paths = _patterns(*((_NO_PART, path.encode(), rb"(?![\w.-])") for path in named))
+        self._paths_in_weights = [
+            p for p, path in zip(self._paths, named, strict=True) if len(path.encode()) >= _FEWEST_BYTES
+        ]
         self._tokens = [token.encode() for token in tokens if token]
 
-    def found_in(self, content: Any) -> str | None:
-        """What private thing is in these bytes (or in this memory map), in words; None where there is nothing."""
+    def found_in(self, content: Any, weights: bool = False) -> str | None:
+        """What private thing is in these bytes (or in this memory map), in words; None where there is nothing.
+
+        Args:
+            content: of a file.
+            weights: whether most of it are numbers.
+        """
         if any(content.find(token) >= 0 for token in self._tokens) or any(p.search(content) for p in _TOKENS):
             return "an access token"
-        if any(pattern.search(content) for pattern in (*self._paths, *_HOMES)):
+        paths = self._paths_in_weights if weights else self._paths
+        if any(pattern.search(content) for pattern in (*paths, *_HOMES)):
             return "a local path"
         return None
 

@@ -41,15 +41,17 @@ def read_earlier(
 
     Args:
         folder: with report.json and predictions.npz.
-        fingerprint: of the report that is to be made: `models` and `test` must be the same, `settings` for the costs.
+        fingerprint: of the report that is to be made: `models`, `test` and `weights` must be the same,
+            `settings` for the costs.
         labels: of the test rows, which must be those in predictions.npz.
         machine: this one; costs of another do not hold.
     """
     report = read_json(folder / REPORT_FILE)
     if report is None:
         return None
-    known = report.get("run", {}).get("fingerprint", {})
-    if any(known.get(key) != fingerprint[key] for key in ("models", "test")):
+    # Reports of earlier versions do not say which weights they are of.
+    known = {"weights": fingerprint["weights"]} | report.get("run", {}).get("fingerprint", {})
+    if any(known.get(key) != fingerprint[key] for key in ("models", "test", "weights")):
         return None
     logits = _logits(folder / PREDICTIONS_FILE, labels)
     if logits is None or not _of_one_run(report, logits, labels):

@@ -32,6 +32,10 @@ def pass_memory(run: Callable[[], Any], device: Any) -> dict[str, Any]:
         run()
         torch.cuda.synchronize(device)
         return {"mb": _megabytes(torch.cuda.max_memory_allocated(device) - before), "how": CUDA}
+    if torch.device(device).type != "cpu":
+        # That of this process says nothing of what lies elsewhere.
+        run()
+        return {"mb": None, "how": None}
     gc.collect()
     with suppress(OSError, AttributeError):
         # Pages that the allocator keeps from earlier passes would be taken without growth.

@@ -72,7 +72,7 @@ def measure_speed(
         run.prepare(device)
     for kind, inputs in (("single", single), ("batch", batches)):
         # A GPU loads its kernels for a length when it meets it first: whoever comes first would pay for all.
-        warming = list(inputs) if torch.device(device).type == "cuda" else inputs[:1]
+        warming = list(inputs) if torch.device(device).type != "cpu" else inputs[:1]
         for turn, part in enumerate([*warming, *inputs]):
             for name, runs in timed.items():
                 seconds = sum(run.seconds(part, device) for run in runs)
@@ -99,7 +99,8 @@ def _most_memory(runs: Sequence[Timed], size: int, device: Any) -> dict[str, Any
 
 
 def _time(model: nn.Module, inputs: dict[str, torch.Tensor], device: Any) -> float:
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    # An accelerator works on while the program does.
+    synchronize = torch.accelerator.synchronize if torch.device(device).type != "cpu" else lambda: None
     with torch.inference_mode():
         synchronize()
         start = time.perf_counter()
