@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The processor's flags decide; four compilations that try them take 20 s on a machine that has none cached.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import helpers
 import pytest
@@ -20,11 +23,60 @@ from safetensors.torch import load_file
 from distill_nlp.cli import main
 from distill_nlp.trainer import DistillationTrainer
 
+# xdist gives files to its workers in this order: one that takes a minute must not come last.
+LONG = (
+    "test_faults.py",
+    "test_sweep.py",
+    "test_bad_inputs.py",
+    "test_cli.py",
+    "test_capture.py",
+    "test_speed_benchmark.py",
+    "test_export.py",
+    "test_recipes.py",
+    "test_trainer_launches.py",
+    "test_multi_label_run.py",
+    "test_run_teachers.py",
+    "test_real_data.py",
+    "test_examples.py",
+)
 
-@pytest.fixture(scope="session", autouse=True)
+
+def pytest_collection_modifyitems(items):
+    places = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _frozen_imports():
-    """Each `Trainer.train()` runs a full garbage collection: 0.3 s over what PyTorch and Transformers import."""
+    """Each `Trainer.train()` runs a full garbage collection: 0.3 s over what PyTorch and Transformers import.
+
+    Anew for each file, as plots, sweeps and exports import more.
+    """
+    gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _quick_plots(request, monkeypatch):
+    """Plots are drawn and not laid out, which takes 0.2 s for each; the mark `plots` has them whole."""
+    if request.node.get_closest_marker("plots") is not None:
+        return
+    from distill_nlp.report import plots
+
+    def quick(name, draw, description, size=plots._SIZE):
+        from matplotlib.figure import Figure
+
+        draw(Figure(figsize=size).subplots())
+        return plots._inline('<svg width="1" height="1"></svg>', name, description)
+
+    monkeypatch.setattr(plots, "_svg", quick)
+
+
+@pytest.fixture
+def small_synthetic(monkeypatch):
+    """The synthetic set with a few rows in each split: all are made, and most tokenized, whatever is used of them."""
+    sizes = {"test": 60, "validation": 40, "train": 100, "unlabeled": 60, "teacher_train": 160}
+    monkeypatch.setattr("distill_nlp.synthetic.SPLITS", sizes)
 
 
 @pytest.fixture
@@ -66,14 +118,22 @@ def make_trainer(tmp_path):
     return make
 
 
-@pytest.fixture
-def experiment(tmp_path):
-    """`experiment(dotted changes)`: the path of a config of a tiny experiment with a local teacher backbone."""
-    backbone = tmp_path / "backbone"
+@pytest.fixture(scope="session")
+def _backbone_and_data(tmp_path_factory):
+    """What each experiment has a copy of."""
+    folder = tmp_path_factory.mktemp("experiment")
     model = helpers.make_teacher(id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
-    model.bert.save_pretrained(backbone)
-    helpers.make_tokenizer().save_pretrained(backbone)
-    helpers.write_rows(tmp_path / "data")
+    model.bert.save_pretrained(folder / "backbone")
+    helpers.make_tokenizer().save_pretrained(folder / "backbone")
+    helpers.write_rows(folder / "data")
+    return folder
+
+
+@pytest.fixture
+def experiment(tmp_path, _backbone_and_data):
+    """`experiment(dotted changes)`: the path of a config of a tiny experiment with a local teacher backbone."""
+    shutil.copytree(_backbone_and_data, tmp_path, dirs_exist_ok=True)
+    backbone = tmp_path / "backbone"
 
     def write(**changes) -> Path:
         settings = {

@@ -20,6 +20,7 @@ REPO = "tester/delivered"
 
 
 @pytest.mark.slow
+@pytest.mark.plots
 @pytest.mark.usefixtures("no_doctor")
 def test_a_run_is_reported_exported_compared_pushed_and_pulled(hub, experiment, tmp_path, capsys):
     run, data = tmp_path / "run", str(tmp_path / "data")

@@ -128,7 +128,7 @@ ANSWERS = "{ce: {}, kl: {}, rkd_distance: {representation: logits}, similarity: 
 @pytest.mark.parametrize(
     ("teacher", "student", "losses"),
     [
-        ("resnet", "resnet", STAGEWISE),
+        pytest.param("resnet", "resnet", STAGEWISE, marks=pytest.mark.plots),
         ("convnext", "convnext", STAGEWISE),
         ("vit", "vit", TOKENWISE),
         ("deit", "deit", TOKENWISE),

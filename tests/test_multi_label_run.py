@@ -140,8 +140,9 @@ def test_it_runs_on_one_rank_and_on_two(several, tmp_path, ranks):
     """Also where a batch of one rank has no label at all, and validation rows do not fill the last batches."""
     config = several(**LOGITS_ONLY, data__unlabeled="pool", training__per_device_eval_batch_size=5)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    stages = ["--stages", "teacher,baseline,student"]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "distill_nlp", "run", str(config), "--no-doctor"],
+        [sys.executable, *launcher, "-m", "distill_nlp", "run", str(config), "--no-doctor", *stages],
         capture_output=True,
         text=True,
         cwd=ROOT,

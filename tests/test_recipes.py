@@ -41,7 +41,7 @@ def test_what_a_recipe_trains_with_is_written_out(path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_doctor")
+@pytest.mark.usefixtures("no_doctor", "small_synthetic")
 @EACH
 def test_a_recipe_runs_on_the_quickstart(path, tmp_path, capsys):
     recipe, quickstart = settings_of(path), settings_of(CONFIGS / "quickstart.yaml")

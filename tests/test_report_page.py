@@ -27,6 +27,8 @@ from distill_nlp.report.rows import TestRows
 from distill_nlp.report.schema import Report
 from distill_nlp.report_stage import ReportStage
 
+pytestmark = pytest.mark.plots
+
 EVIL = '<script>document.title = "owned"</script><img src="http://example.invalid/x.png" onerror="owned()">&amp; "q"'
 NAMES = ["<b>bad</b>", "$good$ | 'fine'"]
 COSTS = {

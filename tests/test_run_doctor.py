@@ -96,7 +96,7 @@ def test_a_run_is_bit_identical_with_and_without_the_doctor_and_a_finished_one_i
     found = []
     for flags in ([], ["--no-doctor"]):
         folder = tmp_path / f"run{len(flags)}"
-        training = {"max_steps": 60, "learning_rate": 0.003}
+        training = {"max_steps": 60, "learning_rate": 0.003, "eval_steps": 30}
         config = str(experiment(data__dataset=many_rows, teacher__training=training, output_dir=str(folder)))
         settings = ["--teacher.overrides.hidden_dropout_prob", "0", "--stages", "teacher,baseline,student"]
         assert main(["run", config, *flags, *settings]) == 0

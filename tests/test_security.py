@@ -402,6 +402,7 @@ def test_no_text_moves_the_terminals_cursor_or_turns_its_direction(text):
     assert one_line(text).isprintable()
 
 
+@pytest.mark.plots
 def test_a_run_of_hostile_names_and_texts_shows_them_as_text(experiment, tmp_path, no_doctor):
     evil = "</script><script>owned()</script><img src=x onerror=owned()>|`\n# x"
     config = experiment(data__label_names=[evil, "good"], losses={"kl": {}})

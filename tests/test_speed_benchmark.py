@@ -639,7 +639,10 @@ open(sys.argv[1] + ".pid", "w").write(str(os.getpid()))
 path, seconds = sys.argv[1], float(sys.argv[2])
 while time.process_time() < seconds:
     print(time.time(), file=open(path, "a"))
-    time.sleep(0.002)
+    end = time.process_time() + 0.001
+    while time.process_time() < end:
+        pass
+    time.sleep(0.001)
 raise SystemExit(int(sys.argv[3]))
 """
 

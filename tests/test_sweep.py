@@ -35,6 +35,13 @@ LOSSES = {"ce": {"weight": 0.3}, "kl": {"weight": 0.7}}
 SPACE = {"losses.kl.temperature": {"low": 1, "high": 8, "log": True}, "student.from_teacher.layers": [1, 2]}
 
 
+@pytest.fixture(autouse=True)
+def _no_front(request, monkeypatch):
+    """The tables are written after each trial, each time with a plot, which takes half a second."""
+    if request.node.get_closest_marker("plots") is None:
+        monkeypatch.setattr("distill_nlp.sweep.tables.draw", lambda result, path: path.write_text("<svg/>"))
+
+
 @pytest.fixture
 def sweep(experiment, tmp_path):
     """`sweep(experiment's changes by dotted__name, **settings of the sweep)`: its path; there are no test rows."""
@@ -61,6 +68,7 @@ def reported(folder: Path) -> list[dict[int, float]]:
     return [found.intermediate_values for found in optuna.load_study(study_name="sweep", storage=storage).trials]
 
 
+@pytest.mark.plots
 def test_a_sweep_trains_one_teacher_runs_its_trials_and_writes_the_tables(sweep, tmp_path):
     said: list[str] = []
     result = run_sweep(sweep({"seeds": [3, 4]}), say=said.append)
