@@ -1,9 +1,10 @@
 """Whole runs of `distill-nlp run` as a user types it, beside the same distillation by a plain Trainer subclass.
 
-Each stage is a process of its own, timed from its start to its end: imports, the doctor, tokens, the teacher's cache,
-training, evaluation and saving are in it. The two ways of a seed take turns of half a minute, one being stopped while
-the other runs, and only its own turns count. Every seed has a folder and a cache of answers of its own, and every
-process one of data sets, so that nothing is found ready but the fine-tuned teacher, which is made once and serves both.
+A training is a process of its own, timed from its start to its end: imports, the doctor, tokens, the teacher's cache,
+training, evaluation and saving are in it; of the part `stages`, a whole run is one. The two ways of a seed take turns
+of half a minute, one being stopped while the other runs, and only its own turns count. Every seed has a folder and a
+cache of answers of its own, and every process one of data sets, so that nothing is found ready but the fine-tuned
+teacher, which is made once and serves both.
 """
 
 from __future__ import annotations
