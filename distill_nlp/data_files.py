@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from distill_nlp.errors import DistillError, UsageError, first_line, shown
+from distill_nlp.text_files import SEPARATORS, check_header, check_quotes, check_utf8
 
 # Ending -> loader of the datasets library with its arguments.
 LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -23,8 +21,6 @@ LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_MOST_COLUMNS = 10_000
 _BLOCK = 1000
 _UNLABELED = "unsup"
 _TEXT_ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".txt"}
@@ -102,7 +98,7 @@ def split_files(path: Path, split: str) -> list[Path]:
         return [path]
     files = _files_of(path, split)
     if not files and (path / split).is_dir():
-        files = sorted(p for p in (path / split).iterdir() if p.suffix in LOADERS)
+        files = sorted(p for p in (path / split).iterdir() if p.suffix in LOADERS and not p.name.startswith("."))
     if not files:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
         raise UsageError(f"data: no split {split!r} in {path} (a file {split}.csv, .parquet, ...); there is: {there}")
@@ -126,13 +122,23 @@ def label_folders(path: Path, split: str) -> list[Path]:
     """Folders below that of the split, where that is what it is made of, and not tables that lie beside them.
 
     None that a system or an editor leaves (`.ipynb_checkpoints`, `__MACOSX`). The IMDB archive has lists as txt there.
+
+    Raises:
+        UsageError: it may be made of either.
     """
     if path.is_file() or not (path / split).is_dir() or _files_of(path, split):
         return []
-    inside = sorted((path / split).iterdir())
-    if any(p.suffix in LOADERS and p.suffix != ".txt" for p in inside):
-        return []
-    return [p for p in inside if p.is_dir() and p.name != _UNLABELED and not p.name.startswith((".", "__"))]
+    inside = sorted(p for p in (path / split).iterdir() if not p.name.startswith((".", "__")))
+    folders = [p for p in inside if p.is_dir() and p.name != _UNLABELED]
+    tables = [p for p in inside if p.suffix in LOADERS and p.suffix != ".txt"]
+    if not tables:
+        return folders
+    if with_texts := [p.name for p in folders if next(p.glob("*.txt"), None) is not None]:
+        raise UsageError(
+            f"data: {path / split} has texts in a folder per label ({', '.join(with_texts[:3])}) and beside them "
+            f"{tables[0].name}; keep one of the two there"
+        )
+    return []
 
 
 def unlabeled_folder(dataset: str, split: str) -> Path | None:
@@ -201,52 +207,6 @@ def _rows_of_parquet(files: list[Path]) -> int:
     return sum(read_metadata(file).num_rows for file in files)
 
 
-def check_quotes(file: Path, columns: Mapping[str, Sequence[Any]], first_row: int = 0) -> None:
-    """Refuses a row of a tsv that has taken in those after it, from a quotation mark to the next.
-
-    Many such files are written without quotes, and a field may begin with a mark of its own. The lines within the field
-    then have as many tabs as rows have from and up to its column, and a value that other rows have in one of theirs.
-
-    Args:
-        file: that they are of.
-        columns: all of them.
-        first_row: number of their first row in the file.
-    """
-    names = list(columns)
-    for place, name in enumerate(names if len(names) > 1 else ()):
-        for row, value in enumerate(columns[name], first_row):
-            if not isinstance(value, str) or "\n" not in value:
-                continue
-            first, *inner, last = (line.split("\t") for line in value.split("\n"))
-            if [len(first), len(last)] != [len(names) - place, place + 1] or any(len(i) != len(names) for i in inner):
-                continue
-            cells = [*zip(names[place + 1 :], first[1:], strict=True), *zip(names, last[:-1], strict=False)]
-            if any(cell in map(str, columns[other]) for other, cell in cells):
-                raise UsageError(
-                    f"data: row {row} of {file} holds lines that look like rows, {shown(value)}: a field begins with a "
-                    "quotation mark; put fields that have some in quotes and double theirs, or write the file as jsonl"
-                )
-
-
-def check_header(file: Path, separator: str) -> None:
-    """Refuses a name that stands twice, whose second column would be renamed in silence, and columns without end."""
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            names = next(csv.reader(lines, delimiter=separator), [])
-    except csv.Error:
-        # The parser says what and where.
-        return
-    finally:
-        csv.field_size_limit(limit)
-    if len(names) > _MOST_COLUMNS:
-        raise UsageError(
-            f"data: {file} has {len(names):,} columns, at most {_MOST_COLUMNS:,} are read; keep those needed"
-        )
-    if twice := next((name for i, name in enumerate(names) if name and name in names[:i]), None):
-        raise UsageError(f"data: {file} names the column {shown(twice)} twice; keep one")
-
-
 def _read_label_folders(folders: list[Path]) -> Any:
     """A folder per label, a text per file: the layout of the original IMDB archive."""
     from datasets import Dataset
@@ -288,33 +248,3 @@ def asking_hub(dataset: str) -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise UsageError(f"data.dataset {dataset!r}: {first_line(error)}") from error
-
-
-def check_utf8(file: Path) -> None:
-    """Reads a file through once, and names the line where it stops being text in UTF-8.
-
-    Raises:
-        UsageError: the file is not UTF-8, or has a NUL byte, which parsers end a text at.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
-    with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            try:
-                decoder.decode(chunk, final=False)
-            except UnicodeDecodeError as error:
-                line += chunk[: error.start].count(b"\n")
-                raise UsageError(
-                    f"data: {file} is not UTF-8 (line {line}); convert it, e.g. "
-                    f"iconv -f latin1 -t utf-8 {os.path.basename(file)}"
-                ) from None
-            if (place := chunk.find(b"\0")) >= 0:
-                line += chunk[:place].count(b"\n")
-                raise UsageError(
-                    f"data: {file} has a NUL byte (line {line}); it is no text in UTF-8, or a damaged one: take it out"
-                )
-            line += chunk.count(b"\n")
-    try:
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        raise UsageError(f"data: {file} is not UTF-8 (it ends within a character)") from None

@@ -21,7 +21,7 @@ from distill_nlp.data_labels import (
     with_vectors,
 )
 from distill_nlp.errors import UsageError
-from distill_nlp.label_numbers import as_in_train, refuse_numbers, refuse_other_order
+from distill_nlp.label_numbers import as_in_train, declared_names, refuse_numbers, refuse_other_order
 from distill_nlp.losses.base import IGNORE_INDEX, MULTI_LABEL, SINGLE_LABEL, ProblemType
 from distill_nlp.stream_files import Source, open_source
 
@@ -157,10 +157,7 @@ def load_streamed_splits(config: DataSection, teacher_train_split: str | None = 
             wanted_columns(rows.column_names, config, split)
         check_same_kind(rows, config, split, problem_type)
     names = _names(feature, {split: rows for split, (rows, _) in held_out.items()}, config)
-    if config.label_names is None:
-        first = next(source.blocks([config.label_column]), {config.label_column: []})[config.label_column]
-        for rows, _ in held_out.values():
-            refuse_numbers(first, rows.features["labels"], config, config.train_split, names)
+    _refuse_numbers(source, config.train_split, held_out, config, names)
     alike = {split: as_in_train(rows, feature, config, split, names) for split, (rows, _) in held_out.items()}
     labeled = {split: with_labels(rows, config, split, names) for split, rows in alike.items()}
     # One and the same in a sweep, which reads no test rows.
@@ -171,6 +168,7 @@ def load_streamed_splits(config: DataSection, teacher_train_split: str | None = 
     teacher_train, unlabeled = train, None
     if teacher_train_split is not None and teacher_train_split != config.train_split:
         own = _open(config, teacher_train_split)
+        _refuse_numbers(own, teacher_train_split, held_out, config, names)
         refuse_other_order(_label_feature(own, config), feature, teacher_train_split, names)
         teacher_train = StreamedSplit(own, config, teacher_train_split, names, problem_type, held_out=kept)
     if config.unlabeled is not None:
@@ -224,6 +222,17 @@ def _problem_type(source: Source, config: DataSection) -> ProblemType:
     block = next(source.blocks([config.label_column]), {config.label_column: []})
     lists = any(isinstance(value, list) for value in block[config.label_column])
     return MULTI_LABEL if lists else SINGLE_LABEL
+
+
+def _refuse_numbers(
+    source: Source, split: str, held_out: dict[str, Any], config: DataSection, names: list[str]
+) -> None:
+    """Numbers that nothing names, in the first block, beside words in validation or test."""
+    if config.label_names is not None or declared_names(_label_feature(source, config)):
+        return
+    first = next(source.blocks([config.label_column]), {config.label_column: []})[config.label_column]
+    for rows, _ in held_out.values():
+        refuse_numbers(first, rows.features["labels"], split, names)
 
 
 def _names(feature: Any, held_out: dict[str, Any], config: DataSection) -> list[str]:

@@ -51,7 +51,8 @@ class Fingerprints:
         rows = {"train": self._rows_print("train")}
         if pool is not None:
             rows["unlabeled"] = self._rows_print("unlabeled")
-        return plain({"data": self.materials.data_print | rows, "teachers": self.teachers})
+        teachers = {part.name: found for part, found in zip(self.materials.teachers, self.teachers, strict=True)}
+        return plain({"data": self.materials.data_print | rows} | teachers)
 
     def _teacher(self, part: TeacherPart) -> Fingerprint:
         settings = part.settings

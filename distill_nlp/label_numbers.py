@@ -7,7 +7,7 @@ from typing import Any
 from distill_nlp.config import DataSection
 from distill_nlp.data_labels import problem_type_of
 from distill_nlp.errors import UsageError, shown
-from distill_nlp.labels import anonymous, folded, moved
+from distill_nlp.labels import anonymous, folded
 from distill_nlp.losses.base import MULTI_LABEL
 
 
@@ -25,16 +25,15 @@ def as_in_train(rows: Any, features: Any, config: DataSection, split: str, names
         UsageError: train has names for its labels, and these rows numbers that nothing names; or a row has a class
             that train lacks.
     """
-    own, known = _declared(rows.features["labels"]), _declared(features)
+    own, known = declared_names(rows.features["labels"]), declared_names(features)
     if own is None:
         if config.label_names is None:
-            refuse_numbers(rows["labels"], features, config, split, names)
+            refuse_numbers(rows["labels"], features, split, names)
         return rows
-    # Numbers of train that nothing names are taken to be in the order that this split says.
-    if own == known or (known is None and not _has_words(features) and not moved(own, names)):
-        return rows
-    places = _places(own, names if known is None else known)
-    if places is None:
+    places = None if own == known else _places(own, names if known is None else known)
+    # Numbers of train that nothing names are taken to be in the order that this split says, if no name contradicts it.
+    unnamed = known is None and not _has_words(features)
+    if places is None or (unnamed and places.count(None) == len(places)):
         return rows
 
     def place(row: int, label: Any) -> Any:
@@ -55,13 +54,13 @@ def as_in_train(rows: Any, features: Any, config: DataSection, split: str, names
     return rows.remove_columns("labels").add_column("labels", labels)
 
 
-def refuse_numbers(labels: Any, features: Any, config: DataSection, split: str, names: list[str]) -> None:
+def refuse_numbers(labels: Any, features: Any, split: str, names: list[str]) -> None:
     """Numbers beside names that another split has: their order is anybody's guess.
 
     Args:
         labels: of a split, or of its first rows.
         features: of the column of labels of the split that has the names.
-        config, split, names: as of `as_in_train`.
+        split, names: as of `as_in_train`.
 
     Raises:
         UsageError: with the row.
@@ -87,7 +86,7 @@ def refuse_other_order(own: Any, train: Any, split: str, names: list[str]) -> No
     Raises:
         UsageError: with both lists.
     """
-    found, wanted = _declared(own), _declared(train) or names
+    found, wanted = declared_names(own), declared_names(train) or names
     if found and found != wanted and _places(found, wanted) is not None:
         raise UsageError(
             f"data: the split {split!r} numbers its classes as {shown(found)}, and train as {shown(wanted)}; number "
@@ -95,13 +94,13 @@ def refuse_other_order(own: Any, train: Any, split: str, names: list[str]) -> No
         )
 
 
-def _declared(feature: Any) -> list[str] | None:
+def declared_names(feature: Any) -> list[str] | None:
     """Names of classes by their numbers."""
     return getattr(getattr(feature, "feature", feature), "names", None) or None
 
 
 def _has_words(feature: Any) -> bool:
-    return getattr(getattr(feature, "feature", feature), "dtype", None) in ("string", "large_string")
+    return getattr(getattr(feature, "feature", feature), "dtype", None) in ("string", "large_string", "string_view")
 
 
 def _places(own: list[str], names: list[str]) -> list[int | None] | None:
@@ -109,12 +108,12 @@ def _places(own: list[str], names: list[str]) -> list[int | None] | None:
 
     None for all of them where nothing moves: all are in their places, or names say nothing on either side.
     """
-    if anonymous(own) or anonymous(names):
-        return None
     found: list[list[int | None]] = []
     for key in (str, folded):
         number = {key(name): i for i, name in enumerate(names)}
         if len(number) == len(names) and len({key(name) for name in own}) == len(own):
             found.append([number.get(key(name)) for name in own])
     best = max(found, key=lambda places: -places.count(None))
-    return None if best == list(range(len(own))) else best
+    # `class_encode_column` makes names of numbers too, "1" to "5": these say something where the other side has them.
+    says_nothing = (anonymous(own) or anonymous(names)) and best.count(None) == len(best)
+    return None if says_nothing or best == list(range(len(own))) else best

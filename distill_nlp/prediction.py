@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from distill_nlp.data_files import check_utf8, load_split
+from distill_nlp.data_files import load_split
 from distill_nlp.errors import UsageError
 from distill_nlp.inference import encoded_rows, predict_logits
 from distill_nlp.lengths import longest_input
 from distill_nlp.loading import check_classifier, load_config, load_tokenizer
 from distill_nlp.losses.base import MULTI_LABEL, ModelShape
 from distill_nlp.onnx_model import load_for_inference
+from distill_nlp.text_files import check_utf8
 
 _COLUMN_FILES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
 # Texts that are sorted by length together: memory stays flat on files of any size.

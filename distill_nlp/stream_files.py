@@ -13,10 +13,7 @@ from typing import Any
 
 from distill_nlp.data_files import (
     LOADERS,
-    SEPARATORS,
     asking_hub,
-    check_header,
-    check_quotes,
     first_line,
     is_saved,
     label_folders,
@@ -25,6 +22,7 @@ from distill_nlp.data_files import (
     split_files,
 )
 from distill_nlp.errors import DistillError, UsageError, shown
+from distill_nlp.text_files import SEPARATORS, check_header, check_quotes
 
 BLOCK = 1000
 """Rows that are read at a time."""

@@ -91,14 +91,17 @@ def with_segments(tokenizer: Any, model: Any) -> Any:
 
     Returns:
         The tokenizer itself where it makes `token_type_ids` already, or the model has no segments to tell apart; else
-        a copy that makes them, and so does what is loaded after it was saved.
+        a copy that makes them, or for a model of one segment alone, which refuses a second, one that does not. So does
+        what is loaded after it was saved.
     """
     names, accepted = tokenizer.model_input_names, accepted_arguments(model)
     segments = getattr(getattr(model, "config", None), "type_vocab_size", 2)
-    if "token_type_ids" in names or segments < 2 or (accepted is not None and "token_type_ids" not in accepted):
+    makes = "token_type_ids" in names
+    wanted = segments >= 2 and (accepted is None or "token_type_ids" in accepted)
+    if makes == wanted or (makes and segments != 1):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_input_names = [*names, "token_type_ids"]
+    tokenizer.model_input_names = [n for n in names if n != "token_type_ids"] + ["token_type_ids"] * wanted
     # What is saved.
     tokenizer.init_kwargs["model_input_names"] = list(tokenizer.model_input_names)
     return tokenizer

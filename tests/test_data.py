@@ -303,9 +303,21 @@ def test_a_folder_beside_the_files_of_a_split_makes_no_labels(tmp_path, left):
 
 def test_a_folder_that_an_editor_left_is_no_class(tmp_path):
     for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "._x.csv").write_text("left by macOS")
         for label in ("neg", "pos", ".ipynb_checkpoints"):
             (tmp_path / split / label).mkdir(parents=True)
             for i in range(4):
                 (tmp_path / split / label / f"{i}.txt").write_text(f"{split} {label} {i}")
         (tmp_path / split / "urls_neg.txt").write_text("http://example.org\n")
     assert load_splits(section(tmp_path, validation_fraction=0.5)).label_names == ["neg", "pos"]
+
+
+def test_texts_in_folders_and_a_table_beside_them_are_refused(tmp_path):
+    for split in ("train", "test"):
+        for label in ("neg", "pos"):
+            (tmp_path / split / label).mkdir(parents=True)
+            (tmp_path / split / label / "0.txt").write_text(f"{split} {label}")
+    (tmp_path / "train" / "metadata.json").write_text('[{"text": "a", "label": "neg"}]')
+    with pytest.raises(UsageError, match=r"texts in a folder per label \(neg, pos\) and beside them metadata.json"):
+        load_splits(section(tmp_path))

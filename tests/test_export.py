@@ -492,12 +492,27 @@ def test_help_needs_no_torch():
 
 def test_what_killed_exports_left_is_brought_back_or_removed(tmp_path):
     """One killed between its two renames, which left the earlier export aside; and one while it wrote."""
-    aside, begun, at_work = (tmp_path / f".model-onnx.{name}" for name in ("1.old", "2.tmp", "3.tmp"))
-    for folder in (aside, begun, at_work):
+    names = (
+        ".model-onnx.1.old",
+        ".model-onnx.2.tmp",
+        ".model-onnx.3.tmp",
+        ".model-onnx.v2.4.old",
+        ".model-onnx.v2.5.tmp",
+    )
+    aside, begun, at_work, *of_others = (tmp_path / name for name in names)
+    for folder in (aside, begun, at_work, *of_others):
         folder.mkdir()
-        (folder / "model.onnx").write_text(folder.name)
-    os.utime(begun, (time.time() - 7200,) * 2)
+        for name in ("model.onnx", "export.json"):
+            (folder / name).write_text(folder.name)
+    for folder in (begun, *of_others):
+        os.utime(folder, (time.time() - 7200,) * 2)
     build._bring_back(tmp_path / "model-onnx")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".model-onnx.3.tmp", "model-onnx"]
+    left = {at_work.name, "model-onnx", *(path.name for path in of_others)}
+    assert {path.name for path in tmp_path.iterdir()} == left
     assert (tmp_path / "model-onnx" / "model.onnx").read_text() == aside.name
+    # What was being removed is no export any more.
+    (tmp_path / "model-onnx").rename(aside)
+    (aside / "export.json").unlink()
+    build._bring_back(tmp_path / "model-onnx")
+    assert not (tmp_path / "model-onnx").exists()
     build._bring_back(tmp_path / "not there" / "model-onnx")

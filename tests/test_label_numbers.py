@@ -157,3 +157,42 @@ def test_other_names_beside_words_are_refused_and_not_taken_by_their_numbers(tmp
     config = saved(tmp_path / "data", train=rows(TRAIN), test=rows(["y", "x"], ["x", "y"], "test"))
     with pytest.raises(UsageError, match=r"row 0 of the split 'test' has the label 'y', which is not among \['a', 'b'"):
         load_splits(config)
+
+
+STARS = ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("train_names", [STARS, None])
+def test_names_that_are_numbers_are_found_too(tmp_path, train_names):
+    """Stars from 1 to 5, made names by `class_encode_column`; some splits lack some."""
+    config = saved(tmp_path / "data", train=rows(STARS * 4, train_names), test=rows(["5", "3", "1"], ["1", "3", "5"]))
+    splits = load_splits(config)
+    assert splits.label_names == STARS
+    check(splits, "train", "test")
+
+
+def test_given_names_are_those_of_unnamed_numbers(tmp_path):
+    numbers = Dataset.from_dict({"text": [f"{i} x" for i in range(12)], "label": [0, 1, 2] * 4})
+    config = saved(tmp_path / "data", train=numbers, test=rows(["3", "1"], ["1", "3"], "test"))
+    assert load_splits(config.model_copy(update={"label_names": ["1", "2", "3"]})).test["labels"][:] == [2, 0]
+    # One that they lack is not the class of its number; where none is known, the numbers are all there is.
+    config = saved(tmp_path / "other", train=numbers, test=rows(["b", "d"], ["a", "b", "d"], "test"))
+    with pytest.raises(UsageError, match="row 1 of the split 'test' has the label 'd', which is not among"):
+        load_splits(config.model_copy(update={"label_names": ["a", "b", "c"]}))
+    assert load_splits(config.model_copy(update={"label_names": ["x", "y", "z"]})).test["labels"][:] == [1, 2]
+
+
+def test_a_stream_that_names_its_numbers_stands_beside_words(tmp_path):
+    splits = {"train": rows(TRAIN, ["c", "b", "a"]), "test": rows(TEST, None, "test")}
+    splits |= {"validation": rows(TEST, None, "validation")}
+    config = saved(tmp_path / "data", **splits)
+    config = config.model_copy(update={"streaming": True, "validation_split": "validation"})
+    check(load_streamed_splits(config), "train", "validation", "test")
+
+
+def test_a_streamed_split_of_the_teachers_own_is_held_to_it_too(tmp_path):
+    names = ["World", "Sports", "Business"]
+    config = files(tmp_path / "data", train=names * 4, test=names, validation=names, teacher=[0, 1, 2])
+    config = config.model_copy(update={"streaming": True, "validation_split": "validation"})
+    with pytest.raises(UsageError, match="row 0 of the split 'teacher' has the label 0, and other splits have names"):
+        load_streamed_splits(config, "teacher")

@@ -240,7 +240,10 @@ def test_half_a_line_is_dropped_by_whoever_writes_next(open_study, tmp_path):
 
 def test_trials_over_other_rows_are_not_ranked_with_the_earlier_ones(open_study):
     study = open_study()
-    study.keep_to({"data": {"train": "a"}, "teachers": [{"model": "x"}]})
-    study.keep_to({"data": {"train": "a"}, "teachers": [{"model": "x"}]})
+    # As long as there is none, nothing is mixed.
+    study.keep_to({"data": {"train": "mended since"}, "teacher": {"model": "x"}})
+    study.keep_to({"data": {"train": "a"}, "teacher": {"model": "x"}})
+    study.claim().finish(TrialState.COMPLETE, {}, 0.5)
+    study.keep_to({"data": {"train": "a"}, "teacher": {"model": "x"}})
     with pytest.raises(UsageError, match=r"trials over other data or under another teacher \(data.train: a → b\)"):
-        open_study().keep_to({"data": {"train": "b"}, "teachers": [{"model": "x"}]})
+        open_study().keep_to({"data": {"train": "b"}, "teacher": {"model": "x"}})

@@ -83,6 +83,28 @@ def test_a_student_of_one_segment_learns_from_pairs_of_two(experiment, tmp_path,
     student, files = str(tmp_path / "run" / "student" / "seed-0"), tmp_path / "data" / "test.parquet"
     columns = ["--text_column", "text", "--text_pair_column", "other"]
     assert main(["predict", student, str(files), *columns]) == 0
+    # By its own tokenizer, in anybody's hands.
+    test, reported = pd.read_parquet(files), np.load(tmp_path / "run" / "predictions.npz")
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
+    found = by_hand(student, tokenizer, test.text, test.other)
+    np.testing.assert_allclose(found, reported["student/0"], atol=1e-5)
+
+
+def test_a_teacher_of_one_segment_is_timed_by_the_doctor(experiment, tmp_path, capsys):
+    roberta = {"model_type": "roberta", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    roberta |= {"intermediate_size": 32, "type_vocab_size": 1, "max_position_embeddings": 40}
+    config = experiment(
+        data__text_pair_column="other",
+        data__tokenizer=str(tmp_path / "backbone"),
+        teacher={"config": roberta, "training": {"max_steps": 4}},
+        student={"config": roberta | {"type_vocab_size": 2}},
+        losses={"ce": {}, "kl": {}},
+    )
+    main(["doctor", str(config)])
+    said = capsys.readouterr().out
+    assert "teacher cache " in said
+    assert "could not be checked" not in said
 
 
 def test_only_models_that_tell_segments_apart_get_a_tokenizer_that_makes_them(tmp_path):

@@ -17,6 +17,7 @@ from distill_nlp.doctor.findings import Finding
 from distill_nlp.doctor.measure import Batch, Step, StepTime, batches_by_length, time_answers, time_step
 from distill_nlp.doctor.plan import StageTime, check_time, evaluations
 from distill_nlp.doctor.subject import AUTOCAST, Subject
+from distill_nlp.modeling import accepted_arguments
 from distill_nlp.stages import Fingerprint, phase_folders
 from distill_nlp.training_settings import same_budget, training_arguments
 
@@ -170,11 +171,12 @@ def _teacher_row(subject: Subject, seconds: float) -> float:
         # Those of the usual length: the cache is filled in batches of like lengths.
         rows = sorted(rows, key=lambda row: len(row["input_ids"]))[len(rows) * 3 // 8 :][:16]
         collate, model = subject.collate_for(part), subject.teacher_model(part).eval()
-        autocast = AUTOCAST.get(subject.materials.mixed_precision)
+        autocast, names = AUTOCAST.get(subject.materials.mixed_precision), accepted_arguments(model)
 
-        def own(batch: Batch, model: Any = model, autocast: Any = autocast) -> Any:
+        def own(batch: Batch, model: Any = model, autocast: Any = autocast, names: Any = names) -> Any:
+            taken = {k: x for k, x in batch.items() if k != "labels" and (names is None or k in names)}
             with torch.autocast(subject.device.type, autocast, enabled=autocast is not None):
-                return model(**{k: x for k, x in batch.items() if k != "labels"})
+                return model(**taken)
 
         one = time_answers(own, collate(rows[:1]), 1, subject.device)
         count = len(rows) if one * len(rows) * 2 < seconds else max(int(seconds / one / 2), 1)

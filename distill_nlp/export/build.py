@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import glob
 import os
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,17 @@ def export_model(settings: ExportSettings, say: Say = lambda line: None) -> dict
 
 def _bring_back(folder: Path) -> None:
     """What a killed export had put aside is there again, and what it had begun is gone."""
-    if not folder.parent.is_dir():
-        return
-    aside = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.old"), key=lambda path: path.stat().st_mtime)
-    if aside and not folder.exists():
-        aside.pop().rename(folder)
-    remove_leftovers(folder.parent, f"{folder.name}.")
+    with suppress(OSError):
+        # Another export to the same folder may be at it.
+        aside = [p for p in folder.parent.iterdir() if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+\.old", p.name)]
+        if aside and not folder.exists():
+            newest = max(aside, key=lambda path: path.stat().st_mtime)
+            # What was being removed when its process was killed is no export any more.
+            if is_exported(str(newest)):
+                newest.rename(folder)
+        begun = [p for p in folder.parent.iterdir() if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+\.tmp", p.name)]
+        for path in begun:
+            remove_leftovers(folder.parent, path.name.removeprefix(".").removesuffix(".tmp"))
 
 
 def _check_free(folder: Path) -> None:

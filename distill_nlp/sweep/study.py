@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class SweepStudy:
             UsageError: the trials that are there were over something else.
         """
         known = self.study.user_attrs.get(_GIVEN)
-        if known is None:
+        if known is None or not self.trials:
             self.study.set_user_attr(_GIVEN, given)
         elif changes := differences(known, given):
             raise UsageError(
@@ -256,10 +257,9 @@ class _JournalLock(JournalFileOpenLock):
         acquired = super().acquire()
         try:
             with open(self._journal, "rb+") as journal:
-                text = journal.read()
-                whole = text.rfind(b"\n") + 1
-                if whole < len(text):
-                    journal.truncate(whole)
+                if journal.seek(0, os.SEEK_END) and (journal.seek(-1, os.SEEK_END), journal.read(1))[1] != b"\n":
+                    journal.seek(0)
+                    journal.truncate(journal.read().rfind(b"\n") + 1)
         except FileNotFoundError:
             pass
         except BaseException:

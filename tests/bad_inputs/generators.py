@@ -159,7 +159,7 @@ def long_dataset(here: Path, path: str, size: int) -> None:
 
 
 def many_classes(here: Path, path: str, rows: int) -> None:
-    _file(here, path).write_text("text,label\n" + "".join(f"w{i % 90 + 4},class {i}\n" for i in range(rows)))
+    _file(here, path).write_text("text,label\n" + "".join(f"w{i % 90 + 4},{i}\n" for i in range(rows)))
 
 
 def truncated_text(here: Path, path: str, text: str, cut: int) -> None:
