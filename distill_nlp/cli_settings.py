@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
+from collections import deque
 from typing import Any
 
 import yaml
@@ -28,22 +29,26 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             continue
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
-        groups[section].add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=_help(field))
+        # A flag may stand alone, as that of other commands does.
+        flag = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        groups[section].add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=_help(field), **flag)
 
 
 def dotted(rest: list[str]) -> dict[str, Any]:
     """`--a.b value` and `--a.b=value`: also of names that only validation knows, as losses."""
     overrides, fields = {}, dict(leaves())
-    words = iter(rest)
-    for word in words:
+    words = deque(rest)
+    while words:
+        word = words.popleft()
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not name:
             raise UsageError(f"unknown argument {word}; settings are given as --data.max_length 128")
-        if not equals:
-            value = next(words, "")
-            if not value or value.startswith("--"):
-                raise UsageError(f"{word} needs a value")
         field = fields.get(name_outside_phases(name))
+        if not equals:
+            has_value = bool(words) and bool(words[0]) and not words[0].startswith("--")
+            if not has_value and (field is None or field.annotation is not bool):
+                raise UsageError(f"{word} needs a value")
+            value = words.popleft() if has_value else "true"
         overrides[name] = _yaml(value, name) if field is None else value_of(value, name, field)
     return overrides
 

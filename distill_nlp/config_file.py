@@ -178,12 +178,15 @@ def _refuse_what_phases_hide(experiment: Experiment, names: Iterable[str]) -> No
 
 
 def _leave_out_what_it_replaces(settings: dict[str, Any], dotted: str, value: Any, overrides: dict[str, Any]) -> None:
-    """The file's other way to say a precision, which would contradict the one on the command line."""
+    """The file's other way to say a precision, or a length, which would contradict the one on the command line."""
     *parents, last = dotted.split(".")
     if last == "precision":
         others: tuple[str, ...] = ("bf16", "fp16")
     elif last in ("bf16", "fp16") and value is True:
         others = ("precision",)
+    elif last == "num_train_epochs" and not (settings.get("data") or {}).get("streaming"):
+        # Steps come before epochs, so that these would change nothing.
+        others = ("max_steps",)
     else:
         return
     inner: Any = settings

@@ -136,6 +136,8 @@ class TrainingSection(BaseModel):
             "projection_learning_rate": "set projection_learning_rate_factor, a multiple of learning_rate",
             "push_to_hub": "push the finished student, see the README",
             "remove_unused_columns": "the trainer decides it",
+            "save_only_model": "an interrupted training could not go on",
+            "resume_from_checkpoint": "an interrupted training goes on by itself",
         }
         mistakes = []
         if beside := [name for name in ("bf16", "fp16") if "precision" in values and name in values]:

@@ -133,7 +133,8 @@ def label_folders(path: Path, split: str) -> list[Path]:
     tables = [p for p in inside if p.suffix in LOADERS and p.suffix != ".txt"]
     if not tables:
         return folders
-    if with_texts := [p.name for p in folders if next(p.glob("*.txt"), None) is not None]:
+    with_texts = [p.name for p in folders if next(p.glob("*.txt"), None) is not None]
+    if len(with_texts) > 1:
         raise UsageError(
             f"data: {path / split} has texts in a folder per label ({', '.join(with_texts[:3])}) and beside them "
             f"{tables[0].name}; keep one of the two there"

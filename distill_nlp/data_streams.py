@@ -228,6 +228,7 @@ def _refuse_numbers(
     source: Source, split: str, held_out: dict[str, Any], config: DataSection, names: list[str]
 ) -> None:
     """Numbers that nothing names, in the first block, beside words in validation or test."""
+    wanted_columns(source.columns, config, split)
     if config.label_names is not None or declared_names(_label_feature(source, config)):
         return
     first = next(source.blocks([config.label_column]), {config.label_column: []})[config.label_column]
@@ -236,7 +237,7 @@ def _refuse_numbers(
 
 
 def _names(feature: Any, held_out: dict[str, Any], config: DataSection) -> list[str]:
-    if getattr(getattr(feature, "feature", feature), "names", None):
+    if config.label_names is not None or declared_names(feature):
         return label_names(SimpleNamespace(features={"labels": feature}), config)
     from datasets import concatenate_datasets
 

@@ -130,6 +130,8 @@ class Fingerprints:
         found = [self if e is self.experiment else Fingerprints(e, self.materials) for e in trainings]
         for prints in found:
             prints.launch = self.launch
+            # They are trained once, by the settings of the whole: what a phase sets for itself is not theirs.
+            prints.teachers = self.teachers
         return found
 
     def _student(self, seed: int) -> Fingerprint:

@@ -115,5 +115,8 @@ def _places(own: list[str], names: list[str]) -> list[int | None] | None:
             found.append([number.get(key(name)) for name in own])
     best = max(found, key=lambda places: -places.count(None))
     # `class_encode_column` makes names of numbers too, "1" to "5": these say something where the other side has them.
-    says_nothing = (anonymous(own) or anonymous(names)) and best.count(None) == len(best)
+    none_known = best.count(None) == len(best)
+    # Names that are just the numbers say nothing where the others begin at "1".
+    just_numbers = own == [str(i) for i in range(len(own))] and "0" not in names
+    says_nothing = just_numbers or (none_known and (anonymous(own) or anonymous(names)))
     return None if says_nothing or best == list(range(len(own))) else best

@@ -58,6 +58,8 @@ class ResumeState(TrainerCallback):
         """After the Trainer has set its counters to those of a new training."""
         if self._checkpoint is None:
             return
+        # The Trainer takes over when the interrupted training logged.
+        state.compute_steps(args, state.max_steps)
         trainer = self._trainer
         # Not the Trainer's path, which holds no longer when the folder has moved.
         if state.best_global_step:

@@ -86,6 +86,8 @@ class OpenSettings:
             owners = [self._experiment.teacher.training, *(phase.training for phase in self._experiment.phases)]
             _keep_steps(owners, training.gradient_accumulation_steps, size)
             _set_batch_size(training, rows, size)
+        # What is decided counts as given, also where the settings had no such block: it is kept with the run.
+        self._experiment.training, self._experiment.teacher.training = training, teacher
 
     def _subject(self, materials: Materials) -> Subject:
         # Of fingerprints that nobody keeps: they would be of settings that are not decided yet.

@@ -5,9 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell has what it starts in the background ignore Ctrl-C, which tests send.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The processor's flags decide; four compilations that try them take 20 s on a machine that has none cached.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")

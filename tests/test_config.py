@@ -204,8 +204,29 @@ def test_values_of_the_command_line_are_yaml():
     assert dotted(["--data.revision", "007", "--seeds", "1,2"]) == {"data.revision": "007", "seeds": [1, 2]}
     with pytest.raises(UsageError, match="needs a value"):
         dotted(["--losses.kl.temperature"])
+    # A flag may stand alone, as those of other commands do.
+    flags = ["--trust_remote_code", "--training.bf16", "false", "--data.pseudo_labels"]
+    assert dotted(flags) == {"trust_remote_code": True, "training.bf16": False, "data.pseudo_labels": True}
 
 
+def test_epochs_on_the_command_line_come_before_the_steps_of_the_file(tmp_path):
+    path = CONFIGS_FOLDER / "imdb_small.yaml"
+    assert load_experiment(path).training.max_steps == 1500
+    changed = load_experiment(path, {"training.num_train_epochs": 1})
+    assert (changed.training.num_train_epochs, changed.training.max_steps) == (1, -1)
+    both = {"training.num_train_epochs": 1, "training.max_steps": 7}
+    assert load_experiment(path, both).training.max_steps == 7
+    teacher = load_experiment(CONFIGS_FOLDER / "quickstart.yaml", {"teacher.training.num_train_epochs": 2})
+    assert (teacher.teacher_training().max_steps, teacher.training.max_steps) == (-1, 700)
+
+
+@pytest.mark.parametrize("name", ["save_only_model", "resume_from_checkpoint"])
+def test_what_would_break_going_on_is_refused(name):
+    with pytest.raises(UsageError, match=f"training.{name}.*an interrupted training"):
+        load_experiment(CONFIGS_FOLDER / "imdb_small.yaml", {f"training.{name}": True})
+
+
+CONFIGS_FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 

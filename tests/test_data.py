@@ -296,6 +296,7 @@ def test_a_file_of_just_the_splits_name_is_the_split(tmp_path):
 def test_a_folder_beside_the_files_of_a_split_makes_no_labels(tmp_path, left):
     for split, count in (("train", 12), ("test", 6)):
         (tmp_path / split / left).mkdir(parents=True)
+        (tmp_path / split / left / "readme.txt").write_text("what this is")
         frame(ROWS[:count]).to_csv(tmp_path / split / "part-0.csv", index=False)
     splits = load_splits(section(tmp_path, validation_fraction=0.25))
     assert len(splits.train) + len(splits.validation) == 12

@@ -196,3 +196,28 @@ def test_a_streamed_split_of_the_teachers_own_is_held_to_it_too(tmp_path):
     config = config.model_copy(update={"streaming": True, "validation_split": "validation"})
     with pytest.raises(UsageError, match="row 0 of the split 'teacher' has the label 0, and other splits have names"):
         load_streamed_splits(config, "teacher")
+
+
+def test_names_that_are_just_the_numbers_leave_the_order_as_it_is(tmp_path):
+    numbers = Dataset.from_dict({"text": [f"{i} x" for i in range(20)], "label": [0, 1, 2, 3, 4] * 4})
+    config = saved(tmp_path / "data", train=numbers, test=rows(["4", "0", "2"], ["0", "1", "2", "3", "4"], "test"))
+    assert load_splits(config.model_copy(update={"label_names": STARS})).test["labels"][:] == [4, 0, 2]
+
+
+def test_given_names_bring_the_splits_of_a_stream_together(tmp_path):
+    numbers = Dataset.from_dict({"text": [f"{i} {label}" for i, label in enumerate(TRAIN)], "label": [0, 1, 2] * 4})
+    splits = {"train": numbers, "validation": rows(TEST, ["a", "c"], "v"), "test": rows(TEST, ["c", "a"], "test")}
+    config = saved(tmp_path / "data", **splits)
+    config = config.model_copy(update={"streaming": True, "validation_split": "validation"})
+    check(
+        load_streamed_splits(config.model_copy(update={"label_names": ["a", "b", "c"]})), "train", "validation", "test"
+    )
+
+
+def test_a_streamed_split_without_labels_is_refused_by_its_column(tmp_path):
+    texts = Dataset.from_dict({"text": ["a text", "another"]})
+    splits = {"train": rows(TRAIN), "validation": rows(TEST, None, "v"), "test": rows(TEST, None, "test")}
+    config = saved(tmp_path / "data", **splits, teacher=texts)
+    config = config.model_copy(update={"streaming": True, "validation_split": "validation"})
+    with pytest.raises(UsageError, match="the split 'teacher' of .* has no column 'label'"):
+        load_streamed_splits(config, "teacher")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from helpers import make_student
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -307,6 +308,21 @@ def test_a_run_measures_once_and_goes_on_as_it_began(experiment, tmp_path, prefe
     kept = load_experiment(tmp_path / "run" / "config.json")
     assert kept.training.bf16
     assert not precision.is_open(kept)
+
+
+def test_what_was_decided_is_kept_where_the_settings_have_no_such_block(experiment, tmp_path, prefers, no_doctor):
+    """A minimal config: what is chosen would be chosen for a block that nobody wrote."""
+    asked, path = prefers(True), experiment(losses={"kl": {}}, report={"bootstrap_samples": 100, "latency_samples": 1})
+    settings = yaml.safe_load(path.read_text())
+    del settings["training"], settings["teacher"]["training"]
+    path.write_text(yaml.safe_dump(settings))
+    Pipeline(load_experiment(path)).run(("teacher", "baseline", "student"))
+    assert precisions(tmp_path / "run") == [True] * 3
+    prefers(False)
+    again: list[str] = []
+    Pipeline(load_experiment(path), again.append).run(("teacher", "baseline", "student"))
+    assert sum("done already" in line for line in again) == len(STAGES)
+    assert len(asked) == 1
 
 
 def test_a_run_that_began_before_there_was_a_choice_stays_in_fp32(experiment, tmp_path, prefers, no_doctor):

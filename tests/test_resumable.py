@@ -381,3 +381,13 @@ def test_in_another_thread_there_is_no_watch():
     thread.start()
     thread.join()
     assert found == [None]
+
+
+def test_a_training_that_goes_on_logs_as_often_as_it_is_told_now(make_trainer):
+    first = hard_trainer(make_trainer, "run", [Ends(5)])
+    with pytest.raises(Interrupted), SignalWatch():
+        first.train()
+    again = hard_trainer(make_trainer, "run", logging_steps=1)
+    again.train(resume_from_checkpoint=True)
+    logged = [entry["step"] for entry in again.state.log_history if "loss" in entry]
+    assert logged[-4:] == [8, 9, 10, 11]

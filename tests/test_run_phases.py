@@ -118,6 +118,19 @@ def test_a_change_of_the_second_phase_leaves_the_first_alone(experiment, capsys)
     assert "student 0, phase 2   settings changed" in said
 
 
+def test_a_teacher_that_changed_makes_all_phases_anew(experiment, capsys):
+    """Also those that set for themselves what the teacher takes from the shared settings."""
+    own = [{**phase, "training": {**phase.get("training", {}), "learning_rate": 1e-3}} for phase in TWO]
+    training = {"max_steps": 3, "per_device_train_batch_size": 8, "eval_strategy": "no"}
+    shared = {"phases": own, "training": training, "teacher__training": {"max_steps": 2}}
+    assert main(["run", str(experiment(**shared)), *STAGES, "--training.learning_rate", "1e-4"]) == 0
+    capsys.readouterr()
+    assert main(["run", str(experiment(**shared)), *STAGES, "--training.learning_rate", "2e-4"]) == 0
+    said = capsys.readouterr().err
+    for name in ("teacher             ", "student 0, phase 1  ", "student 0, phase 2  "):
+        assert f"{name} settings changed" in said, name
+
+
 def test_an_interrupted_second_phase_goes_on_and_ends_like_an_uninterrupted_one(experiment, ends_alike):
     said = ends_alike(str(experiment(phases=TWO)), interrupted_at=2)
     assert "student 0, phase 1   done already" in said

@@ -153,7 +153,8 @@ def _check_settings(found: _Findings, subject: Subject) -> None:
     experiment, device = subject.experiment, subject.device.type
     found.add("output folder", lambda: settings.check_output_folder(subject.root))
     found.add("learning rate", lambda: settings.check_learning_rate(experiment.training.learning_rate))
-    teacher = experiment.teacher_training()
+    # A phase's own are not the teacher's.
+    teacher = subject.prints.experiment.teacher_training()
     if teacher.learning_rate != experiment.training.learning_rate:
         setting = "teacher.training.learning_rate"
         found.add("learning rate", lambda: settings.check_learning_rate(teacher.learning_rate, setting))

@@ -100,7 +100,7 @@ def _kinds(subject: Subject, stages: Sequence[str]) -> list[_Kind]:
         for part in materials.teachers:
             if part.finished is not None:
                 continue
-            section = experiment.teacher_training()
+            section = subject.prints.experiment.teacher_training()
 
             def batches(part: Any = part, section: TrainingSection = section) -> Callable[[float, int], Batch]:
                 rows = subject.encoded(splits.teacher_train, len(subject.step_rows), part)

@@ -100,11 +100,10 @@ def _bring_back(folder: Path) -> None:
     with suppress(OSError):
         # Another export to the same folder may be at it.
         aside = [p for p in folder.parent.iterdir() if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+\.old", p.name)]
-        if aside and not folder.exists():
-            newest = max(aside, key=lambda path: path.stat().st_mtime)
-            # What was being removed when its process was killed is no export any more.
-            if is_exported(str(newest)):
-                newest.rename(folder)
+        # What was being removed when its process was killed is no export any more.
+        whole = [path for path in aside if is_exported(str(path))]
+        if whole and not folder.exists():
+            max(whole, key=lambda path: path.stat().st_mtime).rename(folder)
         begun = [p for p in folder.parent.iterdir() if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+\.tmp", p.name)]
         for path in begun:
             remove_leftovers(folder.parent, path.name.removeprefix(".").removesuffix(".tmp"))

@@ -117,10 +117,12 @@ class SweepStudy:
         Raises:
             UsageError: the trials that are there were over something else.
         """
-        known = self.study.user_attrs.get(_GIVEN)
-        if known is None or not self.trials:
-            self.study.set_user_attr(_GIVEN, given)
-        elif changes := differences(known, given):
+        with self.lock():
+            known = self.study.user_attrs.get(_GIVEN)
+            if known is None or not self.trials:
+                self.study.set_user_attr(_GIVEN, given)
+                known = given
+        if changes := differences(known, given):
             raise UsageError(
                 f"{self.root} holds trials over other data or under another teacher ({'; '.join(changes[:3])}); name "
                 "another output_dir, or bring these back"
