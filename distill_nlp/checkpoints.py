@@ -75,11 +75,14 @@ def load_student(student: Any, folder: str) -> None:
     weights = os.path.join(folder, SAFE_WEIGHTS_NAME)
     if is_peft_model(student):
         _load_adapter(student, os.path.join(folder, ADAPTER_SAFE_WEIGHTS_NAME))
+    elif os.path.isfile(weights) and not isinstance(student, PreTrainedModel):
+        # All names are there, also where one tensor has several.
+        student.load_state_dict(load_file(weights), strict=True)
     elif os.path.isfile(weights):
         try:
             load_model(student, weights, strict=True)
         except RuntimeError:
-            if not isinstance(student, PreTrainedModel) or not _load_renamed(student, folder):
+            if not _load_renamed(student, folder):
                 raise
     elif os.path.isfile(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)):
         load_sharded_checkpoint(student, folder, strict=True)

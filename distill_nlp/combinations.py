@@ -64,6 +64,27 @@ def refuse_unsaved(accelerator: Any) -> None:
         )
 
 
+def refuse_untrained_projections(optimizer: Any, objective: nn.Module) -> None:
+    """Refuses an optimizer that was made before the projections were: the student would be drawn to a random map.
+
+    Args:
+        optimizer: that is given, or None.
+        objective: bound, with its projections.
+
+    Raises:
+        ValueError: one of them is in none of its groups.
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        return
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    if any(parameter.requires_grad and id(parameter) not in trained for parameter in objective.parameters()):
+        raise ValueError(
+            "the losses have projections, which the optimizer that is given does not train: the trainer makes them; "
+            "override create_optimizer, pass optimizer_cls_and_kwargs, or take losses without projections"
+        )
+
+
 def refuse_layer_decay(args: TrainingArguments, student: nn.Module, has_optimizer: bool) -> None:
     """Refuses layer_learning_rate_decay where it would do nothing.
 

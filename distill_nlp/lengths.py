@@ -46,6 +46,9 @@ def most_positions(config: Any) -> int | None:
     if not table or table < 0:
         return None
     kind = getattr(config, "model_type", None)
+    # DeBERTa as it is published has no table: its positions are relative.
+    if kind in ("deberta", "deberta-v2") and not getattr(config, "position_biased_input", True):
+        return None
     if kind not in _COUNT_FROM_PADDING:
         return table
     # MPNet's code has the number itself.

@@ -13,7 +13,7 @@ from distill_nlp.arguments import DistillationArguments, refuse_data_parallel, s
 from distill_nlp.capture import enable_quick_attention
 from distill_nlp.checkpoints import load_weights, save_objective, save_student
 from distill_nlp.collation import DistillationCollator
-from distill_nlp.combinations import refuse_layer_decay, refuse_where_sharded
+from distill_nlp.combinations import refuse_layer_decay, refuse_untrained_projections, refuse_where_sharded
 from distill_nlp.ensemble import TeacherEnsemble
 from distill_nlp.gradient_meter import GradientMeter
 from distill_nlp.labels import check_data_labels
@@ -101,6 +101,7 @@ class DistillationTrainer(OrderedTrainer):
         teacher_config = teacher.config if objective.needs_teacher else None
         # What DDP, FSDP or a compiler wrap: to unwrap theirs anew in each step takes longer than it looks.
         self._distillation_model = wrapped = DistillationModel(model, objective, teacher_config)
+        refuse_untrained_projections(kwargs.get("optimizers", (None, None))[0], objective)
         # Before the Trainer looks at the columns of the data: the teacher's inputs count as used.
         student_config = getattr(model, "config", None)
         self.teacher = bind_teacher(teacher, student_config, objective) if objective.needs_teacher else None

@@ -63,3 +63,17 @@ def test_a_plain_module_is_loaded_strictly(tmp_path):
     assert torch.equal(model.weight, load_file(f"{folder}/model.safetensors")["weight"])
     with pytest.raises(RuntimeError):
         load_student(torch.nn.Linear(2, 4), folder)
+
+
+def test_a_plain_module_with_tied_tensors_is_loaded(tmp_path):
+    def tied(value):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
+        model[1].weight = model[0].weight
+        torch.nn.init.constant_(model[0].weight, value)
+        return model
+
+    folder = save(tied(2.0), tmp_path)
+    model = tied(1.0)
+    load_student(model, folder)
+    assert (model[0].weight == 2).all()
+    assert model[1].weight is model[0].weight

@@ -129,3 +129,13 @@ def test_a_length_beyond_the_positions_is_refused_before_training(experiment, ro
     config = experiment(teacher__model=roberta, data__max_length=39, student__from_teacher=student)
     with pytest.raises(UsageError, match=r"data\.max_length is 39, but the teacher reads at most 38 tokens"):
         _ = Materials(load_experiment(config)).objective
+
+
+@pytest.mark.parametrize(("biased", "limit"), [(False, None), (True, 40)])
+def test_a_deberta_without_a_table_of_positions_reads_longer_texts(biased, limit):
+    settings = SIZES | {"position_biased_input": biased, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    config = AutoConfig.for_model("deberta-v2", **settings)
+    assert most_positions(config) == limit
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    if not biased:
+        assert model(input_ids=torch.full((1, 60), 5)).logits.isfinite().all()

@@ -10,6 +10,7 @@ from helpers import make_student, make_teacher, make_trainer, seeded
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from distill_nlp import CrossEntropyLoss, HiddenStateLoss, KLDivergenceLoss
 from distill_nlp.parameter_groups import Freezing, layer_factors, parameter_levels, scale_by_layer
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
@@ -192,7 +193,19 @@ def test_a_decay_that_cannot_be_applied_is_refused(tmp_path):
     given = (torch.optim.SGD(student.parameters(), lr=0.1), None)
     with pytest.raises(ValueError, match="layer_learning_rate_decay is not applied to an optimizer that is given"):
         make_trainer(tmp_path, student=student, optimizers=given, layer_learning_rate_decay=0.5)
-    assert make_trainer(tmp_path, student=make_student(), optimizers=given).optimizer is given[0]
+    alone = {"losses": {"ce": CrossEntropyLoss()}, "loss_weights": {}}
+    assert make_trainer(tmp_path, student=student, optimizers=given, **alone).optimizer is given[0]
+
+
+def test_an_optimizer_without_the_projections_is_refused(tmp_path):
+    """They are made by the trainer, so that what was made before it does not know them: they would never move."""
+    student = make_student()
+    given = (torch.optim.SGD(student.parameters(), lr=0.1), None)
+    hidden = {"losses": {"hidden": HiddenStateLoss()}, "loss_weights": {}}
+    with pytest.raises(ValueError, match="the optimizer that is given does not train: the trainer makes them"):
+        make_trainer(tmp_path, student=student, optimizers=given, **hidden)
+    of_one_width = {"losses": {"kl": KLDivergenceLoss()}, "loss_weights": {}}
+    make_trainer(tmp_path, student=student, optimizers=given, **of_one_width)
 
 
 # ---- frozen parts ----
