@@ -21,7 +21,7 @@ from distill_nlp.data_labels import (
     with_vectors,
 )
 from distill_nlp.errors import UsageError
-from distill_nlp.label_numbers import as_in_train, declared_names, refuse_numbers, refuse_other_order
+from distill_nlp.label_numbers import as_in_train, declared_names, has_words, refuse_numbers, refuse_other_order
 from distill_nlp.losses.base import IGNORE_INDEX, MULTI_LABEL, SINGLE_LABEL, ProblemType
 from distill_nlp.stream_files import Source, open_source
 
@@ -229,10 +229,12 @@ def _refuse_numbers(
 ) -> None:
     """Numbers that nothing names, in the first block, beside words in validation or test."""
     wanted_columns(source.columns, config, split)
-    if config.label_names is not None or declared_names(_label_feature(source, config)):
+    words = [rows for rows, _ in held_out.values() if has_words(rows.features["labels"])]
+    # From the Hub a block is asked for over the network.
+    if not words or config.label_names is not None or declared_names(_label_feature(source, config)):
         return
     first = next(source.blocks([config.label_column]), {config.label_column: []})[config.label_column]
-    for rows, _ in held_out.values():
+    for rows in words:
         refuse_numbers(first, rows.features["labels"], split, names)
 
 

@@ -32,7 +32,7 @@ def as_in_train(rows: Any, features: Any, config: DataSection, split: str, names
         return rows
     places = None if own == known else _places(own, names if known is None else known)
     # Numbers of train that nothing names are taken to be in the order that this split says, if no name contradicts it.
-    unnamed = known is None and not _has_words(features)
+    unnamed = known is None and not has_words(features)
     if places is None or (unnamed and places.count(None) == len(places)):
         return rows
 
@@ -65,7 +65,7 @@ def refuse_numbers(labels: Any, features: Any, split: str, names: list[str]) -> 
     Raises:
         UsageError: with the row.
     """
-    for row, value in enumerate(labels if _has_words(features) else ()):
+    for row, value in enumerate(labels if has_words(features) else ()):
         for label in value if isinstance(value, list) else [value]:
             if isinstance(label, int):
                 raise UsageError(
@@ -99,7 +99,8 @@ def declared_names(feature: Any) -> list[str] | None:
     return getattr(getattr(feature, "feature", feature), "names", None) or None
 
 
-def _has_words(feature: Any) -> bool:
+def has_words(feature: Any) -> bool:
+    """Whether its labels are names in the rows themselves."""
     return getattr(getattr(feature, "feature", feature), "dtype", None) in ("string", "large_string", "string_view")
 
 

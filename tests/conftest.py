@@ -13,7 +13,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell has what it starts in the background ignore Ctrl-C, which tests send.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# The processor's flags decide; four compilations that try them take 20 s on a machine that has none cached.
+# The processor's flags decide; else four compilations try them on a machine that has none cached.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import helpers
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen_imports():
-    """Each `Trainer.train()` runs a full garbage collection: 0.3 s over what PyTorch and Transformers import.
+    """Each `Trainer.train()` runs a full garbage collection, over all that PyTorch and Transformers import.
 
     Anew for each file, as plots, sweeps and exports import more.
     """
@@ -62,7 +62,7 @@ def _frozen_imports():
 
 @pytest.fixture(autouse=True)
 def _quick_plots(request, monkeypatch):
-    """Plots are drawn and not laid out, which takes 0.2 s for each; the mark `plots` has them whole."""
+    """Plots are drawn and not laid out, which takes longest; the mark `plots` has them whole."""
     if request.node.get_closest_marker("plots") is not None:
         return
     from distill_nlp.report import plots

@@ -203,3 +203,11 @@ def test_what_ci_installs_has_hashes_and_the_versions_of_the_constraints():
     assert {name: known.get(name.lower().replace("_", "-")) for name in pinned if name != "torch"} == {
         name: version for name, version in pinned.items() if name != "torch"
     }
+
+
+def test_the_long_files_of_tests_are_there():
+    """Else one of another name would come last, and all would wait for it."""
+    from conftest import LONG
+
+    names = {path.name for path in Path(__file__).parent.rglob("test_*.py")}
+    assert names >= set(LONG)

@@ -37,7 +37,7 @@ SPACE = {"losses.kl.temperature": {"low": 1, "high": 8, "log": True}, "student.f
 
 @pytest.fixture(autouse=True)
 def _no_front(request, monkeypatch):
-    """The tables are written after each trial, each time with a plot, which takes half a second."""
+    """The tables are written after each trial, each time with a plot."""
     if request.node.get_closest_marker("plots") is None:
         monkeypatch.setattr("distill_nlp.sweep.tables.draw", lambda result, path: path.write_text("<svg/>"))
 

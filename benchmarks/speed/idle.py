@@ -42,13 +42,12 @@ FORWARD, STEP = "forward and backward", "clipping and optimizer"
 EVALUATION, ANSWERS = "evaluations", "answers, for the cache and the report"
 SPEED = "speed and memory, for the report"
 WORK = {
-    FORWARD: (DistillationTrainer, "training_step"),
-    STEP: (Accelerator, "clip_grad_norm_"),
-    EVALUATION: (DistillationTrainer, "prediction_step"),
-    ANSWERS: (inference, "forward_with_features"),
-    SPEED: (Run, "seconds"),
+    FORWARD: [(DistillationTrainer, "training_step")],
+    STEP: [(Accelerator, "clip_grad_norm_"), (AcceleratedOptimizer, "step")],
+    EVALUATION: [(DistillationTrainer, "prediction_step")],
+    ANSWERS: [(inference, "forward_with_features")],
+    SPEED: [(Run, "seconds")],
 }
-MORE_OF = {STEP: (AcceleratedOptimizer, "step")}
 IDLE, AROUND, RUN = "all else: idle", "around them: start and end, imports, data, doctor", "the whole run"
 Seconds = dict[str, dict[str, float]]
 """Of each stage: its pieces, by name, and the whole of it under `RUN`."""
@@ -113,12 +112,12 @@ def pieces_of(arguments: Sequence[str]) -> Seconds:
         SystemExit: the command failed, or one of its stages was not run.
     """
     watch = Stopwatch()
-    places = [(watch.stage, STAGES), (watch.piece, WORK), (watch.piece, MORE_OF)]
+    places = [(watch.stage, name, *place) for name, place in STAGES.items()]
+    places += [(watch.piece, name, *place) for name, own in WORK.items() for place in own]
     with ExitStack() as patches:
-        for wrapped, named in places:
-            for name, (owner, attribute) in named.items():
-                wrapper = wrapped(name, getattr(owner, attribute))
-                patches.enter_context(mock.patch.object(owner, attribute, wrapper))
+        for wrapped, name, owner, attribute in places:
+            wrapper = wrapped(name, getattr(owner, attribute))
+            patches.enter_context(mock.patch.object(owner, attribute, wrapper))
         code = cli.main(arguments)
     # A stage that was finished already did nothing.
     missing = [name for name in STAGES if not set(watch.seconds.get(name, {})) - {RUN}]

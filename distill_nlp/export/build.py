@@ -98,15 +98,18 @@ def export_model(settings: ExportSettings, say: Say = lambda line: None) -> dict
 def _bring_back(folder: Path) -> None:
     """What a killed export had put aside is there again, and what it had begun is gone."""
     with suppress(OSError):
-        # Another export to the same folder may be at it.
-        aside = [p for p in folder.parent.iterdir() if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+\.old", p.name)]
-        # What was being removed when its process was killed is no export any more.
-        whole = [path for path in aside if is_exported(str(path))]
+        # Another export may be at it. What was being removed when its process was killed is no export any more.
+        whole = [path for path in _beside(folder, "old") if is_exported(str(path))]
         if whole and not folder.exists():
             max(whole, key=lambda path: path.stat().st_mtime).rename(folder)
-        begun = [p for p in folder.parent.iterdir() if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+\.tmp", p.name)]
-        for path in begun:
+        for path in _beside(folder, "tmp"):
             remove_leftovers(folder.parent, path.name.removeprefix(".").removesuffix(".tmp"))
+
+
+def _beside(folder: Path, ending: str) -> list[Path]:
+    """What processes left for this folder, and for no other whose name begins with its."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.{ending}")
+    return [path for path in folder.parent.iterdir() if name.fullmatch(path.name)]
 
 
 def _check_free(folder: Path) -> None:

@@ -109,7 +109,7 @@ class SweepStudy:
                 )
 
     def keep_to(self, given: dict[str, Any]) -> None:
-        """Trials over other rows, or under another teacher, are not ranked together; the caller is alone in this.
+        """Trials over other rows, or under another teacher, are not ranked together.
 
         Args:
             given: what all students learn from, as nested plain values.
