@@ -201,6 +201,17 @@ def test_evaluations_are_counted_over_all_steps_that_are_asked_for(parts, monkey
     assert counted == [2.0, 2.0]
 
 
+def test_a_teacher_is_timed_by_the_settings_of_the_whole_and_not_of_a_phase(parts, monkeypatch):
+    monkeypatch.setattr(timing, "time_step", lambda *_: StepTime(1.0, 2.0, 0.5, batches=3, rows=8))
+    phases = [{"losses": {"kl": {}}, "training": {"num_train_epochs": 5, "learning_rate": 0.5}}]
+    materials, prints = parts(phases=phases)
+    view = materials.seen_by(materials.experiment.student_trainings()[0])
+    assert "teacher 40 steps, " in check_run_time(Subject(view, prints), STAGES, 1.0).what
+    rates = [f.what for f in examine(view, prints, seconds=0) if f.check == "learning rate"]
+    assert any("training.learning_rate is 0.5" in what for what in rates)
+    assert not any("teacher.training.learning_rate is 0.5" in what for what in rates)
+
+
 def test_checkpointing_is_in_the_memory(parts):
     def activations(**changes):
         said = quick(parts(student__from_teacher={"layers": 4}, **changes))["memory"].what

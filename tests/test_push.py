@@ -523,15 +523,21 @@ def test_the_card_of_a_real_run_has_the_figures_of_its_report(experiment, tmp_pa
     assert "1·kl" in card.text
 
 
-@pytest.mark.parametrize("change", ["no report", "another student"])
+@pytest.mark.parametrize("change", ["no report", "another student", "trained again"])
 def test_a_report_that_is_not_on_this_student_is_neither_quoted_nor_sent(hub, tmp_path, capsys, change):
     run = write_run(tmp_path / "run")
     if change == "no report":
         # The page alone says nothing of which student it is on.
         (run / "report.json").unlink()
+    elif change == "trained again":
+        report = json.loads((run / "report.json").read_text())
+        report["run"]["fingerprint"]["weights"] = {"student-0": {"content": "of the student before it"}}
+        (run / "report.json").write_text(json.dumps(report))
     else:
         other = {"learning_rate": 0.5}
         change_record(run / "student/seed-0", lambda record: record["fingerprint"].update(training=other))
+    # What making the models printed.
+    capsys.readouterr()
     assert push(run / "student" / "seed-0", "--include-report") == 2
     err = capsys.readouterr().err
     assert ("--include-report" in err, err.count("\n")) == (True, 1)

@@ -173,6 +173,12 @@ def test_memory_that_cannot_be_read_is_said_to_be_so(monkeypatch):
     assert pass_memory(lambda: None, "cpu") == {"mb": None, "how": None}
 
 
+def test_the_memory_of_another_device_is_not_that_of_the_process():
+    ran = []
+    assert pass_memory(lambda: ran.append(1), "mps") == {"mb": None, "how": None}
+    assert ran == [1]
+
+
 class Fake:
     """A model that takes a second per row and as much memory as it is told."""
 

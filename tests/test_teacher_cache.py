@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cache_run
@@ -1127,3 +1128,14 @@ def test_two_ranks_train_on_the_cache_as_one_process(ranks, fill, tmp_path):
     assert len(one["loss_kl"]) == 4
     alone = cache_run.train(tmp_path / "alone", fill(data=make_dataset(cache_run.ROWS)))
     assert one["loss_kl"] == pytest.approx(alone, rel=1e-4)
+
+
+def test_what_a_killed_fill_left_goes_with_the_next(fill, folder):
+    data = make_dataset()
+    fill(data=data.select(range(8)))
+    old, new = (only_shard(folder).with_name(f".shard-x.{number}.tmp") for number in (1, 2))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (time.time() - 7200,) * 2)
+    fill(data=data)
+    assert (old.exists(), new.exists()) == (False, True)
